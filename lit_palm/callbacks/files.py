@@ -1,0 +1,91 @@
+"""Results as files that other programs read: the latest metrics as JSON, predictions as jsonl."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+__all__ = ["MetricsFile", "PredictionWriter"]
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace the file at once, so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class MetricsFile(Callback):
+    """Writes the latest value of every logged metric as one JSON object, after validation, test and training.
+
+    Args:
+        path: the file to write.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def _save(self, trainer: Trainer) -> None:
+        if trainer.is_global_zero and not trainer.sanity_checking:
+            values = {k: float(v) for k, v in sorted(trainer.callback_metrics.items())}
+            _write(self.path, json.dumps({"step": trainer.global_step, **values}, indent=2) + "\n")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer)
+
+
+class PredictionWriter(Callback):
+    """Writes what `predict` returns as jsonl, one object a row; the file appears when all rows are there.
+
+    With several ranks, each writes a file of its own, named by its rank.
+
+    Args:
+        path: the file to write.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self._lines: list[str] = []
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._lines = []
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._lines += [json.dumps(row, ensure_ascii=False) for row in _rows(outputs)]
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        path = self.path
+        if trainer.world_size > 1:
+            path = path.with_name(f"{path.stem}.{trainer.global_rank}{path.suffix}")
+        _write(path, "".join(line + "\n" for line in self._lines))
+
+
+def _rows(outputs: Any) -> Iterator[dict[str, Any]]:
+    """Rows of a list of rows, or of a dictionary of columns."""
+    if isinstance(outputs, dict):
+        columns = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in outputs.items() if v is not None}
+        for values in zip(*columns.values(), strict=True):
+            yield dict(zip(columns, values, strict=True))
+    else:
+        yield from outputs or []

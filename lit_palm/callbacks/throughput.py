@@ -1,0 +1,128 @@
+"""How fast the run goes: `num_tokens`, `perf/tokens_per_s` and `perf/mfu`, every `log_every_n_steps`.
+
+The module counts tokens in `pl_module.num_tokens_seen`, a number or a tensor on its device, of this rank. It is read
+only when it is logged, so that no step waits for the device.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lit_palm.callbacks.learning_rate import is_log_step
+
+__all__ = ["Throughput", "measure_peak_flops"]
+
+
+class Throughput(Callback):
+    """Log tokens seen, tokens a second and model FLOPs utilisation, summed over all ranks.
+
+    Tokens a second are those of the steps since the last logged one, with all that training takes (data, rollouts,
+    the step) and without validation. Utilisation is tokens/s x FLOPs a token / peak FLOPs of all devices (Chowdhery et
+    al. 2022, appendix B). FLOPs a token are `pl_module.flops_per_token` where the module knows them, else 6 x trained
+    parameters, which leaves attention out.
+
+    Args:
+        peak_flops: floating-point operations a second of one device at the run's precision, as its maker states them;
+            None measures a large matrix product on the device when training starts.
+    """
+
+    def __init__(self, peak_flops: float | None = None) -> None:
+        if peak_flops is not None and not peak_flops > 0:
+            raise ValueError(f"Throughput: peak_flops is {peak_flops}; it must be positive, or null to measure it")
+        self.peak_flops = peak_flops
+        self.num_tokens = 0
+        self._counted = 0
+        self._logged_step = 0
+        self._window_start = 0.0
+        self._window_tokens = 0
+        self._validation_start = 0.0
+        self._flops_per_token = 0.0
+
+    @staticmethod
+    def replaces() -> type[Callback]:
+        """A callback of this type in the configuration takes the place of the default one."""
+        return Throughput
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._counted = int(getattr(pl_module, "num_tokens_seen", 0))
+        self._logged_step = trainer.global_step
+        if self.peak_flops is None:
+            self.peak_flops = measure_peak_flops(pl_module.device, _dtype(str(trainer.precision)))
+        self._flops_per_token = float(getattr(pl_module, "flops_per_token", None) or 6 * _num_trained(pl_module))
+        self._window_start, self._window_tokens = time.perf_counter(), self.num_tokens
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validation_start = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._window_start += time.perf_counter() - self._validation_start
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step == self._logged_step or not is_log_step(trainer, step):
+            return
+        self._count(trainer, pl_module)
+        now = time.perf_counter()
+        rate = (self.num_tokens - self._window_tokens) / max(now - self._window_start, 1e-9)
+        self._window_start, self._window_tokens, self._logged_step = now, self.num_tokens, step
+        assert self.peak_flops is not None
+        utilisation = rate * self._flops_per_token / (self.peak_flops * trainer.world_size)
+        values = {"num_tokens": float(self.num_tokens), "perf/tokens_per_s": rate, "perf/mfu": utilisation}
+        pl_module.log_dict(values, batch_size=1)
+
+    def _count(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add what all ranks have seen since the last call to `num_tokens`; every rank must call it."""
+        seen: int | Tensor = getattr(pl_module, "num_tokens_seen", 0)
+        fresh = torch.as_tensor(seen, dtype=torch.long, device=pl_module.device) - self._counted
+        self._counted += int(fresh)
+        if trainer.world_size > 1:
+            fresh = trainer.strategy.reduce(fresh, reduce_op="sum")  # type: ignore[assignment]
+        self.num_tokens += int(fresh)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tokens seen by all ranks since the first step of the first run."""
+        return {"num_tokens": self.num_tokens}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue counting from a checkpoint."""
+        self.num_tokens = int(state_dict["num_tokens"])
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Bring the count up to date: `state_dict` cannot see the module, and steps may lie between two logs."""
+        if trainer.state.fn == "fit" and self.state_key in checkpoint.get("callbacks", {}):
+            self._count(trainer, pl_module)
+            checkpoint["callbacks"][self.state_key] = self.state_dict()
+
+
+def measure_peak_flops(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """FLOPs a second of the fastest large matrix product on a device: what a perfect step could reach."""
+    best, seconds, size = 0.0, 0.0, 256
+    while seconds < 0.02 and size <= 16384:
+        matrix = torch.ones(size, size, device=device, dtype=dtype)
+        for _ in range(3):  # the first is the warm-up; reading one element waits for the device
+            start = time.perf_counter()
+            float((matrix @ matrix)[0, 0])
+            seconds = max(time.perf_counter() - start, 1e-9)
+            best = max(best, 2 * size**3 / seconds)
+        size *= 2
+    return best
+
+
+def _dtype(precision: str) -> torch.dtype:
+    """The type that matrix products have under a Trainer's precision."""
+    if precision.startswith("bf16"):
+        return torch.bfloat16
+    if precision.startswith("16"):
+        return torch.float16
+    return torch.float64 if precision.startswith("64") else torch.float32
+
+
+def _num_trained(pl_module: LightningModule) -> int:
+    return sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)

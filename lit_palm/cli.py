@@ -1,0 +1,151 @@
+"""`lit-palm`: LightningCLI for fit, validate, test and predict, plus the verbs Lightning lacks.
+
+    lit-palm fit --config configs/demo/pretrain.yaml [--config overlay.yaml] [--model.objective=DPO] [--print_config]
+    lit-palm generate --checkpoint runs/demo/ppo/last.ckpt --prompt "The film"
+    lit-palm export runs/demo/ppo/last.ckpt folder
+    lit-palm plugins [--json | show NAME]
+
+Values come, later over earlier, from defaults, environment variables (LIT_PALM_FIT__TRAINER__MAX_EPOCHS=3), YAML files in
+the order given, and flags. A checkpoint never overrides any of them: it brings weights and state.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from lit_palm import plugins
+
+__all__ = ["LitPalmCLI", "main"]
+
+EXTRA_VERBS = {
+    "generate": "Complete prompts with a checkpoint, streaming to the terminal.",
+    "export": "Write a checkpoint's networks as safetensors with their configuration and tokeniser.",
+    "plugins": "List objectives, rewards, networks and engines, and where they come from.",
+}
+
+
+def _quiet() -> None:
+    """Drop advice that does not apply to what lit_palm does, and that a user could not act on."""
+    for message in (
+        ".*does not have many workers.*",  # rows are tokenised once; collating them is cheap
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*LeafSpec.*deprecated.*",
+        ".*You're resuming from a checkpoint that ended before the epoch ended.*",  # ours do resume exactly
+        ".*The number of training batches.*is smaller than the logging interval.*",
+        ".*in eval mode at the start of training.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def build_cli() -> type[Any]:
+    """The CLI class; a function, because importing Lightning takes seconds that `lit-palm plugins` need not pay."""
+    from jsonargparse import set_parsing_settings
+    from lightning.pytorch import LightningDataModule
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+    import lit_palm.callbacks as callbacks
+    import lit_palm.data
+    import lit_palm.modules
+    import lit_palm.optim  # noqa: F401  (short names of optimisers and schedules)
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+    class Parser(LightningArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> Any:
+            extra = plugins.explain(message)
+            super().error(f"{message}\n{extra}" if extra else message, ex)
+
+    class LitPalmCLI(LightningCLI):
+        """LightningCLI whose YAML and flags win over a checkpoint, with the callbacks every run needs."""
+
+        def __init__(self) -> None:
+            super().__init__(
+                lit_palm.modules.LitModule,
+                LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                seed_everything_default=0,
+                save_config_kwargs={"overwrite": True},
+                parser_class=Parser,
+                parser_kwargs={"default_env": True, "env_prefix": "LIT_PALM"},
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+            )
+
+        def _parse_ckpt_path(self) -> None:
+            """Leave the configuration alone: what a checkpoint remembers never overrides YAML and flags."""
+
+        def instantiate_trainer(self, **kwargs: Any) -> Any:
+            config = self._get(self.config_init, "trainer")
+            present = [*(config.get("callbacks") or [])]
+            missing = [
+                kind for kind in callbacks.DEFAULTS if not any(isinstance(c, kind.replaces()) for c in present)
+            ]
+            if config.get("enable_progress_bar") is False:
+                missing = [kind for kind in missing if kind is not callbacks.ProgressBar]
+            if config.get("logger") is False:
+                missing = [kind for kind in missing if kind not in callbacks.NEED_LOGGER]
+            return super().instantiate_trainer(callbacks=[*present, *(kind() for kind in missing)], **kwargs)
+
+        def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+            kwargs = super()._prepare_subcommand_kwargs(subcommand)
+            if "weights_only" in kwargs and kwargs["weights_only"] is None:
+                kwargs["weights_only"] = True
+            if subcommand == "predict":
+                kwargs["return_predictions"] = False
+            return kwargs
+
+    return LitPalmCLI
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LitPalmCLI":
+        return build_cli()
+    raise AttributeError(name)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command line; returns the exit status."""
+    verb = next((a for a in argv if not a.startswith("-")), "")
+    if argv and argv[0] in EXTRA_VERBS:
+        if verb == "plugins":
+            from lit_palm import plugins_cli
+
+            return plugins_cli.main(argv[1:])
+        from lit_palm import generate
+
+        return generate.main(argv[1:]) if verb == "generate" else generate.export_main(argv[1:])
+    if not argv or argv[0] in ("-h", "--help"):
+        print("lit-palm also has:\n" + "\n".join(f"  {v:10} {text}" for v, text in EXTRA_VERBS.items()) + "\n")
+    plugins.load_named(argv)
+    build_cli()()
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. A mistake of the user's is one line on stderr and exit status 2; LIT_PALM_TRACEBACK=1 shows where."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    _quiet()
+    sys.argv[1:] = argv  # what Lightning's launchers start other ranks with
+    try:
+        return run(argv)
+    except BrokenPipeError:
+        return 1
+    except (ValueError, OSError) as error:
+        # errors that lit_palm raised speak for themselves; anything from deeper down keeps its traceback
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = os.path.dirname(__file__)
+        if os.environ.get("LIT_PALM_TRACEBACK") or not (frames and frames[-1].filename.startswith(ours)):
+            raise
+        print(f"lit-palm: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

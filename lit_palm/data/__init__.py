@@ -1,0 +1,21 @@
+"""Data: LightningDataModules for text, demonstrations, preferences and prompts; tokenizers and chat templates."""
+
+from lit_palm.data.base import TokenizedData
+from lit_palm.data.demonstrations import DemonstrationData
+from lit_palm.data.preferences import PreferenceData
+from lit_palm.data.prompts import PromptData
+from lit_palm.data.text import TextData
+from lit_palm.data.tokenizers import BPETokenizer, ByteTokenizer, HFTokenizer, Tokenizer, load_tokenizer
+
+__all__ = [
+    "BPETokenizer",
+    "ByteTokenizer",
+    "DemonstrationData",
+    "HFTokenizer",
+    "PreferenceData",
+    "PromptData",
+    "TextData",
+    "TokenizedData",
+    "Tokenizer",
+    "load_tokenizer",
+]

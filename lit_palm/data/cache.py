@@ -1,0 +1,132 @@
+"""The cache of tokenised data: columns of numbers in flat files, found again by what they were made from.
+
+An entry is a folder named by the sha256 of its key (source fingerprint, tokenizer fingerprint, arguments, format). It
+is written beside its place and renamed when complete, so an interrupted run leaves nothing half done and several
+processes may build the same entry. Arrays are memory-mapped when read: a corpus need not fit into memory.
+
+    columns = cached(folder, {"source": ..., "tokenizer": ...}, build)   # build(writer) runs only if there is no entry
+    columns.arrays["tokens"]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from numpy.typing import DTypeLike, NDArray
+
+__all__ = ["ColumnWriter", "Columns", "cache_folder", "cached"]
+
+FORMAT = 1  # raise it when what is written changes its meaning
+_PENDING = 2**20  # values of a column that wait in memory to be written together
+
+
+class ColumnWriter:
+    """Appends to the columns of a new entry.
+
+    Attributes:
+        meta: plain values that are saved with the entry.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.meta: dict[str, Any] = {}
+        self._columns: dict[str, np.dtype[Any]] = {}
+        self._pending: dict[str, list[Any]] = {}
+        self._records: list[str] = []
+
+    def append(self, name: str, values: Iterable[Any], dtype: DTypeLike) -> None:
+        """Append numbers to a column; a column has one dtype."""
+        self._columns.setdefault(name, np.dtype(dtype))
+        self._pending.setdefault(name, []).extend(values)
+        if len(self._pending[name]) > _PENDING:
+            self._flush(name)
+
+    def append_record(self, record: dict[str, Any]) -> None:
+        """Append one record of JSON values."""
+        self._records.append(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+        if len(self._records) > _PENDING // 100:
+            self._flush_records()
+
+    def _flush(self, name: str) -> None:
+        with open(self.folder / f"{name}.bin", "ab") as file:
+            np.asarray(self._pending[name], dtype=self._columns[name]).tofile(file)
+        self._pending[name] = []
+
+    def _flush_records(self) -> None:
+        with open(self.folder / "records.jsonl", "a", encoding="utf-8") as file:
+            file.writelines(self._records)
+        self._records = []
+
+    def close(self) -> None:
+        """Write what is left and the description of the columns."""
+        for name in self._columns:
+            self._flush(name)
+        self._flush_records()
+        columns = {name: kind.name for name, kind in self._columns.items()}
+        (self.folder / "entry.json").write_text(json.dumps({"columns": columns, "meta": self.meta}), encoding="utf-8")
+
+
+class Columns:
+    """A finished entry.
+
+    Attributes:
+        arrays: name -> [n] memory-mapped numbers.
+        records: the records, in order.
+        meta: the plain values.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        entry = json.loads((folder / "entry.json").read_text(encoding="utf-8"))
+        self.meta: dict[str, Any] = entry["meta"]
+        self.arrays: dict[str, NDArray[Any]] = {}
+        for name, kind in entry["columns"].items():
+            path = folder / f"{name}.bin"
+            empty = path.stat().st_size == 0  # which cannot be mapped
+            self.arrays[name] = np.empty(0, kind) if empty else np.memmap(path, dtype=kind, mode="r")
+        with open(folder / "records.jsonl", encoding="utf-8") as file:
+            self.records: list[dict[str, Any]] = [json.loads(line) for line in file]
+
+
+def cache_folder(cache_dir: str | None) -> Path:
+    """Where entries are kept: the argument, $LIT_PALM_CACHE, or ~/.cache/lit_palm."""
+    return Path(cache_dir or os.environ.get("LIT_PALM_CACHE") or "~/.cache/lit_palm").expanduser()
+
+
+def cached(folder: Path, key: dict[str, Any], build: Callable[[ColumnWriter], None], what: str) -> Columns:
+    """The entry for `key`, built if there is none.
+
+    Args:
+        folder: where entries are kept.
+        key: JSON values that the content depends on.
+        build: writes the content.
+        what: what it is, for the log.
+    """
+    digest = hashlib.sha256(json.dumps({"format": FORMAT, **key}, sort_keys=True).encode()).hexdigest()[:32]
+    place = folder / digest
+    if (place / "entry.json").exists():
+        rank_zero_info(f"{what}: taken from the cache ({place})")
+        return Columns(place)
+    rank_zero_info(f"{what}: not in the cache yet, preparing it ({place})")
+    new = folder / f"{digest}.{uuid.uuid4().hex}.part"
+    new.mkdir(parents=True)
+    writer = ColumnWriter(new)
+    try:
+        build(writer)
+        writer.close()
+        try:
+            new.rename(place)
+        except OSError:  # another process was faster: its entry is the same
+            if not (place / "entry.json").exists():
+                raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return Columns(place)

@@ -1,0 +1,205 @@
+"""The formats in which people keep preferences, all turned into groups: a prompt with its judged answers.
+
+| columns                                       | one group is                                                       |
+|-----------------------------------------------|--------------------------------------------------------------------|
+| prompt, chosen, rejected (margin)             | a pair                                                             |
+| chosen, rejected (margin)                     | a pair of whole dialogues (Anthropic hh-rlhf); what they share is   |
+|                                               | the prompt                                                         |
+| prompt, completions, ranks                    | a ranking, 0 is best, equal ranks are ties                         |
+| (prompt) completion or text, rating           | one answer with what people gave it                                |
+| message_id, parent_id, text, role, rank, ...  | the ranked replies to one message (OASST), rows flat or trees with |
+|                                               | `replies`; also {"prompt": tree}                                   |
+
+A prompt or an answer is a string or a list of messages.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any, NamedTuple
+
+from lit_palm.data.conversations import Turn, as_messages, turn
+from lit_palm.data.sources import Row
+from lit_palm.data.templates import Message
+
+__all__ = ["Answer", "Group", "groups"]
+
+
+class Answer(NamedTuple):
+    """An answer with what people thought of it.
+
+    Args:
+        completion: a string or messages.
+        rank: 0 is best.
+        rating: a number.
+        margin: by how much the chosen answer of the pair was preferred.
+    """
+
+    completion: Turn
+    rank: int | None = None
+    rating: float | None = None
+    margin: float | None = None
+
+
+class Group(NamedTuple):
+    """A prompt with its answers; `key` is what a split goes by, `where` the place it came from."""
+
+    prompt: Turn
+    answers: list[Answer]
+    key: str
+    where: str
+
+
+def groups(rows: Iterator[Row]) -> Iterator[Group]:
+    """The groups of a source; its first row decides the format.
+
+    Raises:
+        ValueError: naming file, line and column.
+    """
+    first = next(rows)
+    has = set(first.columns)
+    rows = chain([first], rows)
+    read: Callable[[Row], Group]
+    if {"message_id", "parent_id"} <= has or isinstance(first.columns.get("prompt"), dict):
+        yield from _oasst(rows)
+        return
+    if "completions" in has:
+        read = _ranking
+    elif "chosen" in has or "rejected" in has:
+        margin = "margin" in has
+
+        def read(row: Row) -> Group:
+            return _pair(row, margin)
+
+    elif "rating" in has:
+        read = _rating
+    else:
+        raise ValueError(
+            f"{first.where}: these are no preferences: the columns are {', '.join(map(repr, first.columns))}, but there"
+            " must be 'chosen' and 'rejected', 'completions' and 'ranks', 'completion' and 'rating', or OASST messages"
+        )
+    for row in rows:
+        yield read(row)
+
+
+def _key(turns: Turn) -> str:
+    return turns if isinstance(turns, str) else str(turns[0]["content"] if turns else "")
+
+
+def _pair(row: Row, has_margin: bool) -> Group:
+    chosen, rejected = turn(row, "chosen"), turn(row, "rejected")
+    if type(chosen) is not type(rejected):
+        raise ValueError(f"{row.where}: 'chosen' and 'rejected' must both be strings, or both messages")
+    prompt: Turn = ""
+    whole = "prompt" not in row.columns
+    if not whole:
+        prompt = turn(row, "prompt")
+        # some publish a prompt beside dialogues that repeat it
+        whole = isinstance(chosen, list) and chosen[0]["role"] != "assistant" and not isinstance(prompt, list)
+    if whole:
+        prompt, chosen, rejected = _split_dialogues(row.where, chosen, rejected)
+    margin = _number(row, "margin") if has_margin else None
+    answers = [Answer(chosen, rank=0, margin=margin), Answer(rejected, rank=1, margin=margin)]
+    return Group(prompt, answers, _key(prompt) or _key(chosen), row.where)
+
+
+def _split_dialogues(where: str, chosen: Turn, rejected: Turn) -> tuple[Turn, Turn, Turn]:
+    """The prompt that two dialogues share, and how each goes on."""
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if not (_SPEAKER.match(chosen) and _SPEAKER.match(rejected)):
+            return "", chosen, rejected
+        chosen, rejected = _hh_messages(chosen), _hh_messages(rejected)
+    assert isinstance(chosen, list) and isinstance(rejected, list)
+    same = 0
+    while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
+        same += 1
+    for name, dialogue in (("chosen", chosen), ("rejected", rejected)):
+        if dialogue[-1]["role"] != "assistant":
+            raise ValueError(f"{where}: the dialogue {name!r} does not end with what the assistant said")
+    return chosen[:same], chosen[same:], rejected[same:]
+
+
+_SPEAKER = re.compile(r"\s*(Human|Assistant): ?")
+_TURNS = re.compile(r"(?:\A|\n\n)\s*(Human|Assistant): ?")
+
+
+def _hh_messages(text: str) -> list[Message]:
+    _, *parts = _TURNS.split(text)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[r], "content": c.strip()} for r, c in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def _ranking(row: Row) -> Group:
+    prompt = turn(row, "prompt")
+    answers, ranks = row.columns.get("completions"), row.columns.get("ranks")
+    if not isinstance(answers, (list, tuple)) or not isinstance(ranks, (list, tuple)):
+        raise ValueError(f"{row.where}: 'completions' and 'ranks' must be lists of one length")
+    if len(answers) != len(ranks):
+        raise ValueError(f"{row.where}: there are {len(answers)} 'completions' but {len(ranks)} 'ranks'")
+    if len(answers) < 2:
+        raise ValueError(f"{row.where}: a ranking needs at least two answers, this one has {len(answers)}")
+    for rank in ranks:
+        if isinstance(rank, bool) or not isinstance(rank, (int, float)) or rank != int(rank):
+            raise ValueError(f"{row.where}: 'ranks' must be whole numbers, 0 for the best answer; one is {rank!r}")
+    turns = [turn(Row(row.where, {"completions": answer}), "completions") for answer in answers]
+    ranked = [Answer(t, rank=int(r)) for t, r in zip(turns, ranks, strict=True)]
+    return Group(prompt, ranked, _key(prompt) or _key(turns[0]), row.where)
+
+
+def _rating(row: Row) -> Group:
+    prompt: Turn = turn(row, "prompt") if row.columns.get("prompt") is not None else ""
+    completion = turn(row, "text" if "text" in row.columns and "completion" not in row.columns else "completion")
+    answer = Answer(completion, rating=_number(row, "rating"))
+    return Group(prompt, [answer], _key(prompt) or _key(completion), row.where)
+
+
+def _number(row: Row, name: str) -> float:
+    value = row.columns.get(name)
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise ValueError(f"{row.where}: column {name!r} must be a number, not {value!r}") from None
+    if number != number or abs(number) == float("inf"):
+        raise ValueError(f"{row.where}: column {name!r} is {value!r}; it must be finite")
+    return number
+
+
+def _oasst(rows: Iterator[Row]) -> Iterator[Group]:
+    """Every message with two or more ranked replies of the assistant is a group; single replies rank nothing."""
+    flat: dict[str | None, list[dict[str, Any]]] = {}
+    flat_where: dict[str, str] = {}
+    for row in rows:
+        node = row.columns["prompt"] if isinstance(row.columns.get("prompt"), dict) else row.columns
+        for name in ("message_id", "text", "role"):
+            if not isinstance(node.get(name), str):
+                raise ValueError(f"{row.where}: an OASST message must have a string {name!r}")
+        if "replies" in node:
+            yield from _ranked_replies(node, [], node["text"], row.where)
+        else:
+            flat.setdefault(node.get("parent_id"), []).append(dict(node))
+            flat_where[node["message_id"]] = row.where
+    for root in flat.get(None, []):
+        _attach(root, flat)
+        yield from _ranked_replies(root, [], root["text"], flat_where[root["message_id"]])
+
+
+def _attach(root: dict[str, Any], children: dict[str | None, list[dict[str, Any]]]) -> None:
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        node["replies"] = children.get(node["message_id"], [])
+        stack += node["replies"]
+
+
+def _ranked_replies(node: dict[str, Any], before: list[Message], key: str, where: str) -> Iterator[Group]:
+    role = "assistant" if node["role"] == "assistant" else "user"
+    path = [*before, {"role": role, "content": node["text"]}]
+    replies = node.get("replies") or []
+    ranked = [r for r in replies if r.get("rank") is not None and r["role"] == "assistant"]
+    if len(ranked) > 1:
+        answers = [Answer(as_messages(r["text"], "assistant"), rank=int(r["rank"])) for r in ranked]
+        yield Group(path, answers, key, f"{where} (message {node['message_id']})")
+    for reply in replies:
+        yield from _ranked_replies(reply, path, key, where)

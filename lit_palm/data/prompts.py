@@ -1,0 +1,187 @@
+"""Prompts that a policy learns to answer.
+
+    data = PromptData(train="prompts.jsonl", validation="held_out.jsonl", batch_size=128)
+
+A row is a `prompt` (a string or messages; of `messages` the turns before the assistant's last), and any other columns:
+these reach the rewards as they are, such as an `answer` to check against. While training, the policy makes its batches
+itself: `train_dataloader` asks the LightningModule for its rollout loader and keeps that loader's state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lit_palm.data.base import Stage, TokenizedData
+from lit_palm.data.cache import Columns, ColumnWriter
+from lit_palm.data.conversations import Turn, encode_prompts, turn, turn_texts
+from lit_palm.data.sources import Row
+from lit_palm.data.tokenizers import Tokenizer
+
+__all__ = ["PromptData", "PromptRows"]
+
+
+class _Prompt(NamedTuple):
+    prompt: Turn
+    columns: dict[str, Any]
+    where: str
+
+
+class PromptRows(Sequence[dict[str, Any]]):
+    """Tokenised prompts, in the order of the data.
+
+    Row i is a dict: `prompt_ids` LongTensor [n], `prompt` str (the text of the ids: for messages as the template wrote
+    them), `columns` dict (every other column; the messages too, where the prompt is messages).
+
+    Args:
+        columns: from the cache.
+        tokenizer: that made them.
+    """
+
+    def __init__(self, columns: Columns, tokenizer: Tokenizer) -> None:
+        self._tokens = columns.arrays["tokens"]
+        self._offsets = np.concatenate([[0], np.cumsum(columns.arrays["lengths"])])
+        self._records = columns.records
+        self._names: list[str] = columns.meta["names"]
+        self._tokenizer = tokenizer
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        ids = self._tokens[self._offsets[index] : self._offsets[index + 1]]
+        record = self._records[index]
+        return {
+            "prompt_ids": torch.from_numpy(ids.astype(np.int64)),
+            "prompt": record["prompt"],
+            "columns": {name: record["columns"].get(name) for name in self._names},
+        }
+
+    def collate(self, rows: NDArray[np.int64], blank: bool = False) -> dict[str, Any]:
+        """A batch of prompts.
+
+        Args:
+            rows: which rows.
+            blank: a row that only fills a batch up: its `row` is -1, and it must count for nothing.
+
+        Returns:
+            prompt_ids list of LongTensor, prompts list of str, columns name -> list, row LongTensor [B] of global row
+            numbers.
+        """
+        picked = [self[int(i)] for i in rows]
+        return {
+            "prompt_ids": [p["prompt_ids"] for p in picked],
+            "prompts": [p["prompt"] for p in picked],
+            "columns": {name: [p["columns"][name] for p in picked] for name in self._names},
+            "row": torch.full((len(rows),), -1) if blank else torch.from_numpy(rows.astype(np.int64)),
+        }
+
+
+class PromptData(TokenizedData):
+    """Prompts, with whatever else the rewards need to know about them.
+
+    Validation, test and prediction batches are dicts: `prompt_ids` list of LongTensor, `prompts` list of str, `columns`
+    name -> list, `row` LongTensor [B], the number of the row in the data (-1: a filler that counts for nothing).
+
+    Args:
+        max_prompt_length: longest prompt in tokens, a longer one is an error; None: shorter than the network's context.
+        kwargs: the arguments of `TokenizedData`; `batch_size` is used for evaluation only, since the policy says how
+            many prompts it collects.
+    """
+
+    def __init__(self, max_prompt_length: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if max_prompt_length is not None and max_prompt_length < 1:
+            raise ValueError(f"data.max_prompt_length is {max_prompt_length}; it must be at least 1")
+        self.max_prompt_length = max_prompt_length
+        self._rollouts: Any = None
+        self._rollout_state: dict[str, Any] = {}
+
+    def prompts(self, stage: Stage = "train") -> PromptRows:
+        """The prompts of a stage that `setup` made ready, as a sequence of rows."""
+        return self._elements[stage]
+
+    def train_dataloader(self) -> Any:
+        """The policy's rollout loader."""
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        if not hasattr(module, "rollout_loader"):
+            raise ValueError(
+                "prompts are for training a policy, and this LightningModule makes no rollouts; train LitPolicy, or use"
+                " DemonstrationData"
+            )
+        self._rollouts = module.rollout_loader(self)
+        if self._rollout_state:
+            self._rollouts.load_state_dict(self._rollout_state)
+            self._rollout_state = {}
+        return self._rollouts
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rollouts": self._rollout_state if self._rollouts is None else self._rollouts.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._rollout_state = state_dict["rollouts"]
+        if self._rollouts is not None and self._rollout_state:
+            self._rollouts.load_state_dict(self._rollout_state)
+            self._rollout_state = {}
+
+    def arguments(self) -> dict[str, Any]:
+        return {}
+
+    def parse(self, rows: Iterator[Row]) -> Iterator[tuple[str, _Prompt]]:
+        for row in rows:
+            prompt = turn(row, "prompt") if "messages" not in row.columns or "prompt" in row.columns else _before(row)
+            name = "prompt" if "prompt" in row.columns else "messages"
+            columns = {k: v for k, v in row.columns.items() if k != name or not isinstance(prompt, str)}
+            text = prompt if isinstance(prompt, str) else str(prompt[0]["content"])
+            yield text, _Prompt(prompt, columns, row.where)
+
+    def texts(self, sample: _Prompt) -> Iterable[str]:
+        return turn_texts(sample.prompt)
+
+    def write(self, samples: list[_Prompt], tokenizer: Tokenizer, writer: ColumnWriter) -> None:
+        names = writer.meta.setdefault("names", [])
+        encoded = encode_prompts(tokenizer, [(s.prompt, s.where) for s in samples])
+        for sample, ids in zip(samples, encoded, strict=True):
+            text = sample.prompt
+            if not isinstance(text, str):
+                text = tokenizer.decode(ids[len(tokenizer.prefix) :], skip_special=False)
+            writer.append("tokens", ids, np.int32)
+            writer.append("lengths", [len(ids)], np.int64)
+            writer.append_record({"prompt": text, "columns": sample.columns, "where": sample.where})
+            names.extend(name for name in sample.columns if name not in names)
+
+    def elements(self, columns: Columns, tokenizer: Tokenizer) -> PromptRows:
+        lengths = columns.arrays["lengths"]
+        longest = int(lengths.argmax())
+        context = self.network_limit("context_length")
+        room = self.max_prompt_length or (None if context is None else context - 1)
+        if room is not None and lengths[longest] > room:
+            key = "data.max_prompt_length" if self.max_prompt_length else "the network's context, less one to answer,"
+            raise ValueError(
+                f"{columns.records[longest]['where']}: this prompt has {lengths[longest]} tokens, more than {key}"
+                f" {room}; shorten it, leave it out, or raise the limit"
+            )
+        if context is not None and room is not None and room >= context:
+            self.check_length(room + 1, "max_prompt_length")
+        return PromptRows(columns, tokenizer)
+
+
+def _before(row: Row) -> Turn:
+    messages = turn(row, "messages")
+    assert not isinstance(messages, str)
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise ValueError(f"{row.where}: 'messages' holds nothing but what the assistant said, so there is no prompt")
+    return messages

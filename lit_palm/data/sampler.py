@@ -1,0 +1,115 @@
+"""The order of the data: a loader whose position is two numbers, the epoch and the batch.
+
+Shuffling comes from a counter-based hash of (seed, epoch, element), so nothing but these numbers has to be saved to
+resume in the middle of an epoch, and the number of processes changes nothing: batch b of W processes with `batch_size`
+elements each is batch b of one process with W * `batch_size`, cut into W consecutive parts.
+
+No element is lost and none is used twice. The last batch of an epoch is simply smaller, and divided as evenly as it
+goes; a process that gets nothing of it serves a *blank* row instead, so that every process has the same number of
+batches. A blank row is a copy of a real one with an all-False `loss_mask` (prompts: `row` -1): it has no weight in any
+loss or metric. Losses are sums divided by the weight of all processes, so uneven parts change nothing.
+
+Lightning replaces the sampler of a torch DataLoader by one of its own; it leaves this loader alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["CountedLoader", "permutation"]
+
+# collate(elements [n] int64, blank) -> a batch
+Collate = Callable[[NDArray[np.int64], bool], Any]
+
+
+def permutation(size: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """A permutation of range(size) that depends on nothing but its arguments: elements sorted by their hash.
+
+    The hash is the finaliser of SplitMix64 (Steele et al. 2014), applied to the counter of each element.
+    """
+    with np.errstate(over="ignore"):
+        key = _mix(_mix(np.uint64(seed % 2**64) * _GOLDEN + _GOLDEN) + np.uint64(epoch) * _GOLDEN)
+        hashes = _mix(key + np.arange(1, size + 1, dtype=np.uint64) * _GOLDEN)
+    return np.argsort(hashes, kind="stable")
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(x: Any) -> Any:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class CountedLoader:
+    """Batches of `collate`d elements for one process.
+
+    `len()` is the length of a whole epoch, also after resuming: Lightning counts from where it resumed. `set_epoch` is
+    called by Lightning at each epoch's start; iterating without Lightning advances the epoch by itself.
+
+    Args:
+        num_elements: elements of the data (rows, windows, groups of rows).
+        batch_size: elements in a batch of one process.
+        collate: called as collate(elements, blank) -> batch; blank asks for a batch without weight.
+        shuffle: a new order each epoch; otherwise the order of the data.
+        seed: chooses the orders.
+        ranks: returns (rank, number of processes), asked when an epoch is iterated.
+        epoch: the epoch to begin with.
+        batch: batches of that epoch that were already used.
+    """
+
+    def __init__(
+        self,
+        num_elements: int,
+        batch_size: int,
+        collate: Collate,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        ranks: Callable[[], tuple[int, int]] = lambda: (0, 1),
+        epoch: int = 0,
+        batch: int = 0,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        self.num_elements = num_elements
+        self.batch_size = batch_size
+        self.collate = collate
+        self.shuffle = shuffle
+        self.seed = seed
+        self.ranks = ranks
+        self.epoch = epoch
+        self._resume = (epoch, batch)
+
+    @property
+    def batch_sampler(self) -> Any:
+        """Where Lightning looks for `set_epoch` (`dataloader.batch_sampler.sampler`)."""
+        return SimpleNamespace(sampler=self)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next iteration."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.num_elements // (self.batch_size * self.ranks()[1]))
+
+    def __iter__(self) -> Iterator[Any]:
+        # a generator: the epoch is read when the first batch is asked for, since Lightning makes the iterator before
+        # it announces the epoch
+        epoch, start = self.epoch, 0
+        if epoch == self._resume[0]:
+            start = self._resume[1]
+        order = permutation(self.num_elements, self.seed, epoch) if self.shuffle else np.arange(self.num_elements)
+        rank, world = self.ranks()
+        for batch in range(start, len(self)):
+            together = order[batch * self.batch_size * world :][: self.batch_size * world]
+            mine = np.array_split(together, world)[rank]
+            yield self.collate(mine, False) if len(mine) else self.collate(together[:1], True)
+        self._resume = (-1, 0)
+        self.epoch = epoch + 1

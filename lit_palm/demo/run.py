@@ -1,0 +1,163 @@
+"""Run a recipe from beginning to end: the same commands the README shows one by one, in one process.
+
+    python -m lit_palm.demo run                        # real human ratings, under ten minutes on two cores
+    python -m lit_palm.demo run --recipe addition      # a verifiable reward, no download
+    python -m lit_palm.demo run --seed 2 --folder runs/demo-2 --fast
+
+Each command is printed before it runs, so that any of them can be repeated by hand.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from lit_palm.demo.files import write_json
+
+__all__ = ["Recipe", "addition_recipe", "ratings_recipe", "run"]
+
+CONFIGS = Path("configs/demo")
+
+Command = list[str]
+Recipe = list[tuple[str, Command]]
+
+
+def _lit(*arguments: str) -> Command:
+    return ["lit-palm", *arguments]
+
+
+def _demo(*arguments: str) -> Command:
+    return ["python", "-m", "lit_palm.demo", *arguments]
+
+
+def _sample(network: str, output: str, *more: str) -> Command:
+    return _lit(
+        "predict", "--config", f"{CONFIGS}/sample.yaml", f"--model.network={network}", *more,
+        "--trainer.callbacks+=lit_palm.callbacks.PredictionWriter", f"--trainer.callbacks.path={output}",
+    )  # fmt: skip
+
+
+def ratings_recipe() -> Recipe:
+    """The recipe on real human ratings: (stage, command) in order."""
+
+    def fit_and_test(stage: str) -> Recipe:
+        config = f"{CONFIGS}/{stage}.yaml"
+        return [
+            (stage, _lit("fit", "--config", config)),
+            (stage, _lit("test", "--config", config, f"--ckpt_path=runs/demo/{stage}/last.ckpt")),
+        ]
+
+    start = "runs/demo/finetune/last.ckpt"
+    return [
+        ("data", _demo("data")),
+        ("data", _demo("judge")),
+        *fit_and_test("pretrain"),
+        *fit_and_test("finetune"),
+        *fit_and_test("reward"),
+        ("ppo", _lit("fit", "--config", f"{CONFIGS}/ppo.yaml")),
+        ("control", _sample(start, "runs/demo/control/pool.jsonl", "--data.predict=runs/demo/data/prompts/train.jsonl")),
+        ("control", _demo("control", "--samples", "runs/demo/control/pool.jsonl", "--output", "runs/demo/control/kept.jsonl")),
+        ("control", _lit("fit", "--config", f"{CONFIGS}/control.yaml")),
+        ("measure", _sample(start, "runs/demo/samples/start.jsonl")),
+        ("measure", _sample("runs/demo/ppo/last.ckpt", "runs/demo/samples/ppo.jsonl")),
+        ("measure", _sample("runs/demo/control/last.ckpt", "runs/demo/samples/control.jsonl")),
+        (
+            "measure",
+            _demo(
+                "report",
+                "--samples", *(f"{n}=runs/demo/samples/{n}.jsonl" for n in ("start", "ppo", "control")),
+                "--metrics", *(f"{n}=runs/demo/{n}/metrics.json" for n in ("pretrain", "finetune", "reward")),
+            ),
+        ),
+    ]  # fmt: skip
+
+
+def addition_recipe() -> Recipe:
+    """The recipe on one-digit addition: (stage, command) in order."""
+    config = f"{CONFIGS}/addition-ppo.yaml"
+    return [
+        ("data", _demo("addition")),
+        ("finetune", _lit("fit", "--config", f"{CONFIGS}/addition-finetune.yaml")),
+        ("start", _lit("validate", "--config", config)),
+        ("ppo", _lit("fit", "--config", config)),
+        ("measure", _lit("validate", "--config", config, "--ckpt_path=runs/addition/ppo/last.ckpt")),
+    ]
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"ratings": ratings_recipe, "addition": addition_recipe}
+
+
+def run(recipe: str, seed: int = 0, folder: str | None = None, fast: bool = False) -> int:
+    """Run the commands of a recipe; returns the exit status of the first that fails, else 0.
+
+    Args:
+        recipe: "ratings" or "addition".
+        seed: seed of every stage.
+        folder: where everything is written, instead of runs/demo or runs/addition.
+        fast: a few steps of everything: shows that it runs, not that it works.
+    """
+    from lit_palm import cli
+    from lit_palm.demo import __main__ as demo
+
+    default = {"ratings": "runs/demo", "addition": "runs/addition"}[recipe]
+    target = folder or default
+    seconds: dict[str, float] = {}
+    for stage, command in RECIPES[recipe]():
+        command = relocate(command, default, target)
+        command += overrides(command, seed, fast)
+        print(f"\n$ {shlex.join(command)}", flush=True)
+        start = time.perf_counter()
+        status = cli.main(command[1:]) if command[0] == "lit-palm" else demo.main(command[3:])
+        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+        if status:
+            print(f"\nstopped: the command above failed with status {status}", file=sys.stderr)
+            return status
+    total = sum(seconds.values())
+    parts = ", ".join(f"{stage} {value:.0f}" for stage, value in seconds.items())
+    print(f"\n{total:.0f} seconds in all: {parts}")
+    write_json(Path(target) / "seconds.json", {"total": total, **seconds})
+    print(f"Curves and samples: tensorboard --logdir {target}")
+    return 0
+
+
+def relocate(command: Command, default: str, target: str) -> Command:
+    """The command with every path below `default`, its own and its YAML's, moved below `target`."""
+    if default == target:
+        return command
+    moved = [argument.replace(default, target) for argument in command]
+    for i, argument in enumerate(moved):
+        if argument.endswith(".yaml"):
+            source = Path(argument)
+            copy = Path(target) / "configs" / source.name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(source.read_text().replace(default, target).replace(f"name: {Path(default).name}", ""))
+            moved[i] = str(copy)
+    if command[:3] == ["python", "-m", "lit_palm.demo"]:
+        moved += {
+            "data": ["--output", f"{target}/data"],
+            "judge": ["--data", f"{target}/data", "--output", f"{target}/judge.safetensors"],
+            "report": ["--judge", f"{target}/judge.safetensors", "--output", f"{target}/report.json"],
+            "addition": ["--output", f"{target}/data"],
+        }.get(command[3], [])
+    return moved
+
+
+def overrides(command: Command, seed: int, fast: bool) -> Command:
+    """Flags that set the seed, and that make a run a short one."""
+    if command[0] != "lit-palm":
+        return ["--seed", str(seed)] if seed and command[3] in ("control", "addition") else []
+    extra: Command = []
+    if seed:
+        extra.append(f"--seed_everything={seed}")
+        is_policy = any("ppo" in a or "sample" in a for a in command if a.endswith(".yaml"))
+        extra += [f"--data.seed={seed}", *([f"--model.rollout.seed={seed}"] if is_policy else [])]
+    if fast:
+        if command[1] == "fit":
+            ppo = any("ppo" in a for a in command)
+            extra += ["--trainer.max_epochs=2" if ppo else "--trainer.max_epochs=1", "--trainer.limit_train_batches=8"]
+            extra += ["--trainer.max_steps=-1", "--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=1.0"]
+        extra += [f"--trainer.limit_{s}_batches=2" for s in ("val", "test")]
+    return extra

@@ -1,0 +1,143 @@
+"""`lit-palm generate` and `lit-palm export`: what to do with a checkpoint when no Trainer is needed.
+
+    lit-palm generate --checkpoint runs/demo/ppo/last.ckpt --prompt "The film" --max_new_tokens 40
+    lit-palm generate --checkpoint runs/demo/ppo/last.ckpt --file prompts.txt --output completions.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from lit_palm.rollout.sampling import Sampling
+
+__all__ = ["export_main", "main"]
+
+
+def _parser() -> Any:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="lit-palm generate", description="Complete prompts with a checkpoint.")
+    parser.add_argument("--checkpoint", type=str, required=True, help="A checkpoint with a language model or policy.")
+    parser.add_argument("--prompt", type=list[str], nargs="+", help="Prompts; several complete side by side.")
+    parser.add_argument("--file", type=str | None, help="A .txt file with a prompt a line, or .jsonl with a `prompt`.")
+    parser.add_argument("--output", type=str | None, help="Write {prompt, completion} as jsonl instead of printing.")
+    parser.add_argument("--chat", type=bool, default=False, help="Put each prompt through the chat template.")
+    parser.add_argument("--seed", type=int, default=0, help="The same seed gives the same completions.")
+    parser.add_class_arguments(Sampling, None)
+    return parser
+
+
+def read_prompts(path: str) -> list[str]:
+    """Prompts of a .txt file (one a line) or a .jsonl file (key `prompt`).
+
+    Raises:
+        ValueError: the file is missing or empty, or a line is no JSON object with a `prompt`.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line.rstrip("\r\n") for line in file]
+    except OSError as error:
+        raise ValueError(f"--file {path}: {error.strerror}") from error
+    lines = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not lines:
+        raise ValueError(f"--file {path}: holds no prompts")
+    if not path.endswith(".jsonl"):
+        return [line for _, line in lines]
+    prompts = []
+    for number, line in lines:
+        try:
+            prompts.append(str(json.loads(line)["prompt"]))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number}: not a JSON object with a `prompt` ({error})") from error
+    return prompts
+
+
+def _stream(tokenizer: Any) -> Callable[[int, int], None]:
+    """Print a completion as it is sampled: whole characters only, since a character may span tokens."""
+    ids: list[int] = []
+    shown = 0
+
+    def on_token(row: int, token: int) -> None:
+        nonlocal shown
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):
+            print(text[shown:], end="", flush=True)
+            shown = len(text)
+
+    return on_token
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `lit-palm generate`."""
+    from lit_palm.data.templates import render
+    from lit_palm.models.base import Network
+    from lit_palm.modules.checkpoint import load_checkpoint_tokenizer, load_network
+    from lit_palm.rollout.engine import CachedEngine
+    from lit_palm.rollout.sampling import row_seeds
+
+    parser = _parser()
+    args = parser.parse_args(list(argv))
+    sampling = Sampling(**{f.name: args[f.name] for f in fields(Sampling)})
+    if bool(args.prompt) == bool(args.file):
+        raise ValueError("name either --prompt or --file")
+    prompts = args.prompt or read_prompts(args.file)
+    tokenizer = load_checkpoint_tokenizer(args.checkpoint)
+    network = load_network(args.checkpoint)
+    assert isinstance(network, Network)
+    device = torch.accelerator.current_accelerator()
+    network.to(device if device is not None else "cpu").eval()
+
+    def encode(prompt: str) -> torch.Tensor:
+        if args.chat:
+            return torch.tensor(render([{"role": "user", "content": prompt}], tokenizer, add_generation_prompt=True))
+        return torch.tensor(tokenizer.prefix + tokenizer.encode(prompt), dtype=torch.long)
+
+    engine = CachedEngine()
+    streaming = not args.output and len(prompts) == 1
+    if streaming:
+        print(prompts[0], end="", flush=True)
+    generation = engine.generate(
+        network,
+        [encode(p) for p in prompts],
+        sampling,
+        row_seeds(args.seed, 0, torch.arange(len(prompts))),
+        pad_id=tokenizer.pad_id,
+        eos_id=tokenizer.eos_id,
+        decode=tokenizer.decode,
+        on_token=_stream(tokenizer) if streaming else None,
+    )
+    texts = [tokenizer.decode(c.tolist()) for c in generation.completions]
+    if args.output:
+        with open(args.output, "w", encoding="utf-8") as file:
+            for prompt, text, reason in zip(prompts, texts, generation.finish_reason, strict=True):
+                row = {"prompt": prompt, "completion": text, "finish_reason": reason}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        print(f"wrote {len(texts)} completions to {args.output}", file=sys.stderr)
+    elif streaming:
+        print()
+    else:
+        for prompt, text in zip(prompts, texts, strict=True):
+            print(f"{prompt}{text}\n")
+    return 0
+
+
+def export_main(argv: Sequence[str]) -> int:
+    """Run `lit-palm export`."""
+    from jsonargparse import ArgumentParser
+
+    from lit_palm.modules.checkpoint import export_folder
+
+    parser = ArgumentParser(prog="lit-palm export", description=export_folder.__doc__)
+    parser.add_argument("checkpoint", type=str, help="A checkpoint file or directory.")
+    parser.add_argument("folder", type=str, help="Where to write config.json and the safetensors files.")
+    args = parser.parse_args(list(argv))
+    export_folder(args.checkpoint, args.folder)
+    print(f"wrote {args.folder}", file=sys.stderr)
+    return 0

@@ -1,0 +1,157 @@
+"""What a network is: the one interface that modules, objectives and engines know.
+
+A network maps tokens to hidden states and, through a *head*, to whatever the caller needs. The head runs inside
+`forward`, so that a sharded network has its output weights gathered when the head reads them:
+
+    logits_BTV = network(tokens_BT)                          # no head: logits
+    out = network(tokens_BT, head=TokenLogProbs(targets))     # a head: a dict of tensors, chunked over the vocabulary
+
+Networks are pure torch: no Lightning, no devices, no ranks.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Cache", "Head", "Network", "NetworkConfig", "ScalarNetwork"]
+
+# head(hidden_BTD, weight_VD, logit_scale) -> anything made of tensors; weight is the output embedding
+Head = Callable[[Tensor, Tensor, float], Any]
+
+
+class NetworkConfig(ABC):
+    """The plain-data description of a network: cheap to build, compare, print and save; `build` makes the network.
+
+    Entry-point group `lit_palm.networks`. Subclasses are dataclasses of plain values, so that a YAML file and a
+    checkpoint can hold them as `{class_path, init_args}`.
+    """
+
+    API_VERSION: ClassVar[int] = 1
+
+    vocab_size: int | None
+    """Number of token ids; None takes it from the tokeniser."""
+    max_length: int
+    """Longest sequence in tokens."""
+    d_model: int
+    """Width of the hidden states."""
+
+    @abstractmethod
+    def build(self) -> Network:
+        """Make the network with freshly initialised weights on the current default device and dtype.
+
+        Raises:
+            ValueError: when a field is missing or fields do not fit together.
+        """
+
+
+class Cache(ABC):
+    """Keys and values of past tokens for incremental decoding; rows are left-padded, so all share one length."""
+
+    length: int
+    """Number of slots in use, the same for every row."""
+
+    @abstractmethod
+    def select(self, rows: Tensor) -> None:
+        """Keep the given rows ([B'] long), in the given order, repeats allowed; in place."""
+
+
+class Network(nn.Module, ABC):
+    """A causal language model.
+
+    Attributes:
+        config: the configuration that `build` came from, with `vocab_size` filled in.
+    """
+
+    config: NetworkConfig
+
+    @abstractmethod
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: Cache | None = None,
+        head: Head | None = None,
+    ) -> Any:
+        """Run the network.
+
+        Args:
+            tokens: [B, T] long token ids.
+            mask: [B, T] bool, True where a token is real; None: all are. Right padding needs no mask: a causal
+                network cannot see it.
+            positions: [B, T] long; None: cumsum(mask) - 1, or counted from the cache's length.
+            documents: [B, T] long, a token attends only within its document; None: one document a row.
+            cache: keys and values so far; the new ones are appended in place.
+            head: called as head(hidden_BTD, weight_VD, logit_scale); its result is returned.
+
+        Returns:
+            logits [B, T, V], or what the head returns.
+        """
+
+    @abstractmethod
+    def new_cache(self, num_rows: int, length: int) -> Cache:
+        """An empty cache with room for `length` tokens in each of `num_rows` rows, on the network's device."""
+
+    @abstractmethod
+    def blocks(self) -> list[nn.Module]:
+        """The repeated blocks, in order: what sharding wraps and activation checkpointing recomputes."""
+
+
+class ScalarNetwork(nn.Module):
+    """A network with a scalar head: a reward model or a value network.
+
+    The head starts at N(0, 1/sqrt(D + 1)) with bias 0 (Stiennon et al. 2020; Huang et al. 2024). What comes out is
+    calibrated, (head(hidden) - offset) / scale, with buffers that are 0 and 1 until `calibrate` is called; training
+    works on the raw scores, so that a calibration does not change the loss.
+    """
+
+    offset: Tensor
+    scale: Tensor
+
+    def __init__(self, trunk: Network) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = nn.Linear(trunk.config.d_model, 1)
+        self.register_buffer("offset", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("scale", torch.ones((), dtype=torch.float32))
+        self.init_head()
+
+    def init_head(self) -> None:
+        """Initialise the scalar head."""
+        nn.init.normal_(self.head.weight, std=(self.head.in_features + 1) ** -0.5)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        calibrated: bool = True,
+    ) -> Tensor:
+        """Scalar at every position: [B, T] in float32; arguments as for `Network.forward`."""
+
+        def head(hidden: Tensor, weight: Tensor, logit_scale: float) -> Tensor:
+            return self.head(hidden).squeeze(-1)
+
+        raw: Tensor = self.trunk(tokens, mask=mask, positions=positions, documents=documents, head=head)
+        return (raw.float() - self.offset) / self.scale if calibrated else raw.float()
+
+    @torch.no_grad()
+    def calibrate(self, mean: Tensor, std: Tensor | None = None) -> None:
+        """Make raw scores of the given mean (and standard deviation) come out with mean 0 (and deviation 1).
+
+        Args:
+            mean: scalar, of raw scores.
+            std: scalar; None leaves the scale.
+        """
+        self.offset.copy_(mean)
+        self.scale.copy_(std if std is not None else torch.ones_like(self.scale))

@@ -1,0 +1,410 @@
+"""PaLM (Chowdhery et al. 2022), the whole network in one file that reads top to bottom: configuration, cache, block, model.
+
+Every block is y = x + Attention(norm(x)) + SwiGLU(norm(x)): attention and feed-forward read the same bias-free
+LayerNorm, so that one matrix multiplication makes queries, keys, values and both halves of the feed-forward. All query
+heads share one key/value head unless `num_kv_heads` says otherwise, positions are rotary, the output weight is the
+embedding's and logits are scaled by 1/sqrt(d_model).
+
+    network = PaLMConfig(vocab_size=256).build()
+    logits_BTV = network(tokens_BT)
+
+    cache = network.new_cache(num_rows=B, length=128)          # incremental decoding
+    logits_BTV = network(prompt_BT, mask=mask_BT, cache=cache)  # prompts are left-padded
+    logits_B1V = network(next_B1, cache=cache)
+
+Shapes follow the legend of `lit_palm.types`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lit_palm.models.base import Cache, Head, Network, NetworkConfig
+from lit_palm.models.logprobs import thin_linear
+
+__all__ = ["PaLM", "PaLMCache", "PaLMConfig"]
+
+
+@dataclass
+class PaLMConfig(NetworkConfig):
+    """A PaLM as plain data; `PaLMConfig.preset("8b")` and its like give the paper's sizes (its table 1)."""
+
+    API_VERSION: ClassVar[int] = 1
+
+    vocab_size: int | None = None
+    """Number of token ids; None takes it from the tokeniser."""
+    d_model: int = 512
+    """Width of the hidden states."""
+    num_layers: int = 8
+    """Number of blocks."""
+    num_heads: int = 8
+    """Number of query heads."""
+    head_dim: int = 64
+    """Width of one head; even, because RoPE rotates pairs."""
+    num_kv_heads: int = 1
+    """Key/value heads: 1 is multi-query (the paper), `num_heads` is multi-head, a divisor in between is grouped."""
+    d_ffn: int | None = None
+    """Inner width of the feed-forward; None is 4 * d_model."""
+    max_length: int = 2048
+    """Longest sequence in tokens."""
+    rope_theta: float = 10000.0
+    """Base of the rotary wavelengths (Su et al. 2021)."""
+    xpos: bool = False
+    """Let attention decay with distance (xPos, Sun et al. 2022)."""
+    xpos_scale_base: int = 512
+    """Distance in tokens over which xPos decays by its base factor."""
+    qk_norm: Literal["none", "l2", "layer"] = "none"
+    """Normalise queries and keys: "l2" to unit length times a weight shared by the heads, "layer" by a LayerNorm over
+    each head with a weight of its own (Dehghani et al. 2023)."""
+    norm_eps: float = 1e-5
+    """Added to the variance in every LayerNorm."""
+    logit_scale: float | None = None
+    """Factor on the logits; None is 1 / sqrt(d_model)."""
+    dropout: float = 0.0
+    """Dropped share of attention weights and of each block's output, while training; the paper fine-tunes with 0.1."""
+    activation_checkpointing: bool = False
+    """Keep only block inputs for the backward pass and recompute the rest: less memory for about a third more time."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "num_layers", "num_heads", "head_dim", "num_kv_heads", "max_length", "xpos_scale_base"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"PaLMConfig.{name} is {getattr(self, name)}: set it to at least 1")
+        for name in ("vocab_size", "d_ffn"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"PaLMConfig.{name} is {getattr(self, name)}: set it to at least 1, or leave it out")
+        if self.head_dim % 2:
+            raise ValueError(f"PaLMConfig.head_dim is {self.head_dim}: make it even, RoPE rotates pairs")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"PaLMConfig.num_kv_heads is {self.num_kv_heads}: choose a divisor of num_heads ({self.num_heads})"
+            )
+        if self.qk_norm not in ("none", "l2", "layer"):
+            raise ValueError(f'PaLMConfig.qk_norm is {self.qk_norm!r}: choose "none", "l2" or "layer"')
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"PaLMConfig.dropout is {self.dropout}: choose a share from 0 up to, not including, 1")
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> PaLMConfig:
+        """A named size, with fields replaced by `overrides`.
+
+        Raises:
+            ValueError: no such preset.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"no PaLM preset {name!r}: choose one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+    def build(self) -> PaLM:
+        """Make the network with freshly initialised weights; see `NetworkConfig.build`."""
+        if self.vocab_size is None:
+            raise ValueError("PaLMConfig.vocab_size is not set: give it, or build through a module with a tokeniser")
+        return PaLM(self)
+
+
+_PAPER = {"head_dim": 256, "vocab_size": 256_000, "max_length": 2048}
+PRESETS: dict[str, dict[str, Any]] = {
+    "1m": {"d_model": 128, "num_layers": 4, "num_heads": 4, "head_dim": 32},
+    "30m": {"d_model": 512, "num_layers": 8, "num_heads": 8, "head_dim": 64},
+    "8b": {"d_model": 4096, "num_layers": 32, "num_heads": 16, **_PAPER},
+    "62b": {"d_model": 8192, "num_layers": 64, "num_heads": 32, **_PAPER},
+    "540b": {"d_model": 18432, "num_layers": 118, "num_heads": 48, **_PAPER},
+}
+"""Names for `PaLMConfig.preset`; the two smallest fit a laptop, the others are the paper's."""
+
+
+class PaLMCache(Cache):
+    """Keys and values in memory allocated once; slots beyond `length` hold garbage that nothing reads.
+
+    Attributes:
+        layers: for each block its keys and values, each [rows, K, slots, Dh].
+        bias: [rows, slots] added to attention scores, -inf at left padding; None while no row is padded.
+        next_position: [rows] position of the next token; None while it is `length` for every row.
+    """
+
+    def __init__(self, config: PaLMConfig, num_rows: int, num_slots: int, like: Tensor) -> None:
+        shape = (num_rows, config.num_kv_heads, num_slots, config.head_dim)
+        self.layers = [(like.new_empty(shape), like.new_empty(shape)) for _ in range(config.num_layers)]
+        self.length = 0
+        self.bias: Tensor | None = None
+        self.next_position: Tensor | None = None
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the given rows; see `Cache.select`. Only slots in use are copied."""
+
+        def pick(old: Tensor) -> Tensor:
+            new = old.new_empty(len(rows), *old.shape[1:])
+            new[:, :, : self.length] = old[:, :, : self.length].index_select(0, rows)
+            return new
+
+        self.layers = [(pick(k), pick(v)) for k, v in self.layers]
+        if self.bias is not None:
+            self.bias = self.bias.index_select(0, rows)
+        if self.next_position is not None:
+            self.next_position = self.next_position.index_select(0, rows)
+
+    def pad(self, mask: Tensor) -> None:
+        """Record which of the tokens that come next are padding (mask [rows, T], False there)."""
+        rows, width = mask.shape
+        key = self.layers[0][0]
+        if self.bias is None:
+            self.bias = key.new_zeros(rows, key.shape[2])
+            self.next_position = mask.new_full((rows,), self.length, dtype=torch.long)
+        self.bias[:, self.length : self.length + width].masked_fill_(~mask, -math.inf)
+
+
+class Linear(nn.Linear):
+    """A bias-free linear map that is also quick for the few rows of a decoding step."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__(d_in, d_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return thin_linear(x, self.weight)
+
+
+class QKNorm(nn.Module):
+    """Normalises each head of queries or keys; see `PaLMConfig.qk_norm`."""
+
+    def __init__(self, kind: str, num_heads: int, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.kind, self.eps = kind, eps
+        self.weight = nn.Parameter(torch.ones(head_dim if kind == "l2" else (num_heads, head_dim)))
+
+    def forward(self, x_BTHDh: Tensor) -> Tensor:
+        if self.kind == "l2":
+            normed = F.normalize(x_BTHDh, dim=-1)
+        else:
+            normed = F.layer_norm(x_BTHDh, x_BTHDh.shape[-1:], eps=self.eps)
+        return normed * self.weight
+
+
+def rotate(x_BTHDh: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply RoPE to pairs (i, i + Dh/2) of every head; `sin` carries the minus sign of the first half."""
+    # the tables are float32 (or wider): a bfloat16 product would lose the phase of distant positions
+    return torch.addcmul(x_BTHDh * cos, x_BTHDh.roll(x_BTHDh.shape[-1] // 2, -1), sin).to(x_BTHDh.dtype)
+
+
+class Block(nn.Module):
+    """One parallel block: x + Attention(norm(x)) + SwiGLU(norm(x)) (the paper's section 2)."""
+
+    def __init__(self, config: PaLMConfig, index: int) -> None:
+        super().__init__()
+        heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        d_ffn = config.d_ffn or 4 * config.d_model
+        self.index, self.dropout, self.xpos = index, config.dropout, config.xpos
+        self.num_heads, self.num_kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.sizes = ((heads + kv_heads) * head_dim, kv_heads * head_dim, d_ffn, d_ffn)  # q and k, v, gate, up
+        self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=False)
+        self.attn_ffn_in = Linear(config.d_model, sum(self.sizes))
+        self.attn_out = Linear(heads * head_dim, config.d_model)
+        self.ffn_out = Linear(d_ffn, config.d_model)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm != "none":
+            self.q_norm = QKNorm(config.qk_norm, heads, head_dim, config.norm_eps)
+            self.k_norm = QKNorm(config.qk_norm, kv_heads, head_dim, config.norm_eps)
+
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, ...], bias: Tensor | None, cache: PaLMCache | None) -> Tensor:
+        """[B, T, D] -> [B, T, D]; `rope` and `bias` come from `PaLM.forward`, the cache takes the new keys and values."""
+        qk, v, gate, up = self.attn_ffn_in(self.norm(x_BTD)).split(self.sizes, -1)
+        q, k = self.queries_and_keys(qk.unflatten(-1, (-1, self.head_dim)), rope)
+        attended = self.attend(q, k, v.unflatten(-1, (-1, self.head_dim)), bias, cache)
+        out = self.attn_out(attended) + self.ffn_out(F.silu(gate) * up)
+        if self.training and self.dropout:
+            out = F.dropout(out, self.dropout)
+        return x_BTD + out
+
+    def queries_and_keys(self, qk: Tensor, rope: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Split [B, T, H+K, Dh], normalise and rotate; one pass over both when they are treated alike."""
+        if self.q_norm is None and not self.xpos:
+            q, k = rotate(qk, *rope).split((self.num_heads, self.num_kv_heads), 2)
+            return q, k
+        q, k = qk.split((self.num_heads, self.num_kv_heads), 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, *rope[:2]), rotate(k, *rope[-2:])
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, cache: PaLMCache | None) -> Tensor:
+        """Attention of q [B, T, H, Dh] over k and v [B, T, K, Dh], with the cache's before them: [B, T, H * Dh]."""
+        width = q.shape[1]
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        causal = bias is None
+        if cache is not None:
+            end = cache.length + width
+            keys, values = cache.layers[self.index]
+            keys[:, :, cache.length : end] = k
+            values[:, :, cache.length : end] = v
+            k, v = keys[:, :, :end], values[:, :, :end]
+            if width == 1:
+                # one query a row sees every slot: queries that share a key/value head become the rows of one small
+                # matrix product, and keys and values are read once
+                q = q.reshape(len(q), self.num_kv_heads, -1, self.head_dim)
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).reshape(len(q), 1, -1)
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k,
+            v,
+            attn_mask=bias,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=causal,
+            enable_gqa=self.num_kv_heads != self.num_heads,
+        )
+        return out.transpose(1, 2).flatten(2)
+
+
+class PaLM(Network):
+    """The network; see the module's docstring and `Network.forward`.
+
+    Raises:
+        ValueError: `config.vocab_size` is not set.
+    """
+
+    config: PaLMConfig
+
+    def __init__(self, config: PaLMConfig) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("PaLMConfig.vocab_size is not set: give it, or build through a module with a tokeniser")
+        self.config = config
+        self.logit_scale = config.d_model**-0.5 if config.logit_scale is None else config.logit_scale
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=False)
+        self._tables: tuple[Tensor, ...] = ()
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """All initialisation (the paper's section 5): embedding N(0, 1), kernels N(0, 1/fan_in), norms 1.
+
+        Call it again after `to_empty`: nothing else holds state.
+        """
+        nn.init.normal_(self.embedding.weight)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            elif isinstance(module, (nn.LayerNorm, QKNorm)):
+                nn.init.ones_(module.weight)
+        self._tables = ()
+
+    def blocks(self) -> list[nn.Module]:
+        """The repeated blocks, in order."""
+        return list(self.layers)
+
+    def new_cache(self, num_rows: int, length: int) -> PaLMCache:
+        """An empty cache; in the dtype that keys will have, also under autocast."""
+        weight = self.embedding.weight
+        if torch.is_autocast_enabled(weight.device.type):
+            weight = weight[:0].to(torch.get_autocast_dtype(weight.device.type))
+        return PaLMCache(self.config, num_rows, length, weight)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: Cache | None = None,
+        head: Head | None = None,
+    ) -> Any:
+        """Logits [B, T, V] or what `head` returns; see `Network.forward`.
+
+        Raises:
+            ValueError: more tokens than `max_length`.
+        """
+        assert cache is None or isinstance(cache, PaLMCache), "a PaLM decodes with the cache of its own new_cache"
+        assert cache is None or documents is None, "packed documents are for training, the cache is for decoding"
+        past = cache.length if cache is not None else 0
+        if past + tokens.shape[1] > self.config.max_length:
+            raise ValueError(
+                f"{past + tokens.shape[1]} tokens are more than max_length ({self.config.max_length}): shorten the "
+                "rows, or build the network with a larger max_length"
+            )
+        if cache is not None and mask is not None:
+            cache.pad(mask)
+        x = self.embedding(tokens)
+        rope = self.rope(tokens, mask, positions, cache)
+        bias = self.bias(x, mask, documents, cache)
+        for block in self.layers:
+            if self.config.activation_checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, bias, cache, use_reentrant=False)
+            else:
+                x = block(x, rope, bias, cache)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        hidden = self.norm(x)
+        if head is not None:
+            return head(hidden, self.embedding.weight, self.logit_scale)
+        return F.linear(hidden * self.logit_scale, self.embedding.weight)
+
+    def rope(
+        self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, cache: PaLMCache | None
+    ) -> tuple[Tensor, ...]:
+        """Rows of the rotary tables for these tokens, each [(B,) T, 1, Dh]; counts positions when none are given."""
+        tables = self.tables(tokens.device)
+        start = cache.length if cache is not None else 0
+        if cache is not None and cache.next_position is not None:
+            first = cache.next_position[:, None]
+            steps = mask.cumsum(1) if mask is not None else torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+            counted = first + steps - 1
+            cache.next_position = counted[:, -1] + 1
+            positions = counted if positions is None else positions
+        elif mask is not None and positions is None:
+            positions = mask.cumsum(1) - 1
+        if positions is None:
+            return tuple(table[start : start + tokens.shape[1]] for table in tables)
+        positions = positions.clamp(min=0)  # left padding comes before position 0 and is never read
+        return tuple(table[positions] for table in tables)
+
+    def tables(self, device: torch.device) -> tuple[Tensor, ...]:
+        """cos and sin [max_length, 1, Dh] of every position, for queries and keys; with xPos two pairs.
+
+        They are not buffers, because casting the network to bfloat16 would cast them with it. The angles are those of
+        RoFormer's equation 15, the decay that of xPos' equation 13 with its origin in the middle of `max_length`
+        (only differences of positions matter).
+        """
+        wide = self.embedding.weight.dtype == torch.float64
+        if not self._tables or self._tables[0].device != device or (self._tables[0].dtype == torch.float64) != wide:
+            config, half = self.config, self.config.head_dim // 2
+            # not as inference tensors, even when validation comes before training
+            with torch.inference_mode(False), torch.no_grad():
+                place = torch.arange(config.max_length, device=device, dtype=torch.float64)[:, None]
+                pair = torch.arange(half, device=device, dtype=torch.float64) / half
+                angle = place * config.rope_theta**-pair
+                cos = torch.cat((angle.cos(), angle.cos()), -1)
+                sin = torch.cat((-angle.sin(), angle.sin()), -1)
+                pairs = [cos, sin]
+                if config.xpos:
+                    decay = (2 * half * pair + 0.4 * config.head_dim) / (1.4 * config.head_dim)
+                    scale = decay ** ((place - config.max_length // 2) / config.xpos_scale_base)
+                    scale = torch.cat((scale, scale), -1)
+                    pairs = [cos * scale, sin * scale, cos / scale, sin / scale]
+                self._tables = tuple(t[:, None].to(torch.float64 if wide else torch.float32) for t in pairs)
+        return self._tables
+
+    def bias(
+        self, x: Tensor, mask: Tensor | None, documents: Tensor | None, cache: PaLMCache | None
+    ) -> Tensor | None:
+        """What is added to the attention scores, [B, 1, T, S] of 0 and -inf; None for plain causal attention."""
+        width, past = x.shape[1], cache.length if cache is not None else 0
+        if cache is not None and width == 1:
+            return None if cache.bias is None else cache.bias[:, None, None, : past + 1]
+        if mask is None and documents is None and past == 0:
+            return None
+        seen = torch.ones(width, past + width, dtype=torch.bool, device=x.device).tril(past)[None]
+        if cache is not None and cache.bias is not None:
+            seen = seen & (cache.bias[:, None, : past + width] == 0)
+        elif mask is not None:
+            seen = seen & mask[:, None, :]
+        if documents is not None:
+            seen = seen & (documents[:, :, None] == documents[:, None, :])
+        # padding sees itself: a softmax over nothing would be NaN
+        torch.diagonal(seen, past, -2, -1).fill_(True)
+        return torch.zeros(seen.shape, dtype=x.dtype, device=x.device).masked_fill(~seen, -math.inf)[:, None]

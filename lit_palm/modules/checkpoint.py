@@ -1,0 +1,273 @@
+"""What a checkpoint is on disk, and how a stage takes network and tokeniser from an earlier one.
+
+A checkpoint is a Lightning `.ckpt` file (or a directory, when a sharded strategy wrote it) that loads with
+`weights_only=True`. Beside Lightning's own entries it holds
+
+    lit_palm:
+        format: 1                                       layout of this dictionary
+        version: 0.1.0                                  the lit_palm that wrote it
+        kind: language_model | reward | policy          which module wrote it
+        networks: {role: {class_path, init_args}}       role: policy, value or reward
+        tokenizer: {...}                                everything needed to rebuild the tokeniser and its template
+        objective: {class_path, state}                  what the objective carries from step to step
+        reference: sha256                               fingerprint of the frozen reference (policies)
+        num_tokens: 123456                              tokens trained on so far
+
+and its `state_dict` has the weights under `networks.{role}.`. The frozen reference and reward models are not in it:
+they are read from where they came from.
+
+An exported folder (`config.json` with the same `networks` and `tokenizer` entries, and `{role}.safetensors`) loads too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import io
+import json
+import os
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import fsspec
+import torch
+from torch import Tensor, nn
+
+from lit_palm.data.tokenizers import Tokenizer, tokenizer_from_dict
+from lit_palm.models.base import Network, NetworkConfig, ScalarNetwork
+
+__all__ = [
+    "FORMAT",
+    "Checkpoint",
+    "Role",
+    "config_from_dict",
+    "config_to_dict",
+    "export_folder",
+    "load_checkpoint_tokenizer",
+    "load_network",
+    "read_checkpoint",
+    "read_config",
+]
+
+FORMAT = 1
+Role = Literal["policy", "value", "reward"]
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint as read: its header (`lit_palm`) and the weights by name."""
+
+    path: str
+    header: dict[str, Any]
+    state_dict: dict[str, Tensor]
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokeniser it carries, or None."""
+        data = self.header.get("tokenizer")
+        return tokenizer_from_dict(data) if data else None
+
+    def weights(self, role: str) -> dict[str, Tensor]:
+        """Weights of one network, without their prefix."""
+        prefix = f"networks.{role}."
+        return {k.removeprefix(prefix): v for k, v in self.state_dict.items() if k.startswith(prefix)}
+
+
+def config_to_dict(config: NetworkConfig) -> dict[str, Any]:
+    """A network's configuration as plain data: `{class_path, init_args}`."""
+    assert dataclasses.is_dataclass(config), f"{type(config).__name__} must be a dataclass"
+    cls = type(config)
+    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": dataclasses.asdict(config)}
+
+
+def config_from_dict(data: dict[str, Any], where: str) -> NetworkConfig:
+    """The inverse of `config_to_dict`; imports the class, which must be a NetworkConfig.
+
+    Raises:
+        ValueError: the class is not installed, is no network configuration, or refuses the arguments.
+    """
+    module, _, name = str(data.get("class_path", "")).rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{where}: network {data.get('class_path')!r} is not installed here ({error})") from error
+    if not (isinstance(cls, type) and issubclass(cls, NetworkConfig)):
+        raise ValueError(f"{where}: {data['class_path']} is not a NetworkConfig; the file is not a lit_palm checkpoint")
+    try:
+        return cls(**data.get("init_args", {}))
+    except TypeError as error:
+        raise ValueError(f"{where}: written by another version of {data['class_path']}: {error}") from error
+
+
+def _load_file(path: str) -> dict[str, Any]:
+    with fsspec.open(path, "rb") as file:
+        raw = file.read() if "://" in path else None
+    try:
+        source: Any = io.BytesIO(raw) if raw is not None else path
+        loaded = torch.load(source, map_location="cpu", weights_only=True, mmap=raw is None and zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, UnicodeDecodeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: not a safe checkpoint ({str(error).splitlines()[0]}). lit_palm loads files made of tensors and "
+            "plain data only; a pickle from elsewhere can run any code when it is opened. Convert it to safetensors "
+            "with the tool that made it."
+        ) from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path}: holds a {type(loaded).__name__}, not a lit_palm checkpoint")
+    return loaded
+
+
+def _load_sharded(path: str) -> dict[str, Any]:
+    """A directory of `torch.distributed.checkpoint` shards, as Lightning's sharded strategies write it."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    state: dict[str, Any] = {}
+    _load_state_dict(state, storage_reader=FileSystemReader(path), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    meta = _load_file(os.path.join(path, "meta.pt"))
+    return {**meta, "state_dict": {k.removeprefix("_forward_module."): v for k, v in state["state_dict"].items()}}
+
+
+def _load_folder(path: str) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    with open(os.path.join(path, "config.json")) as file:
+        header = json.load(file)
+    if "networks" not in header:
+        raise ValueError(f"{path}/config.json: has no `networks`; it is not a folder that lit_palm exported")
+    weights: dict[str, Tensor] = {}
+    for role in header["networks"]:
+        for name, tensor in load_file(os.path.join(path, f"{role}.safetensors")).items():
+            weights[f"networks.{role}.{name}"] = tensor
+    return {"lit_palm": header, "state_dict": weights}
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a checkpoint file, a sharded directory or an exported folder, from disk or any fsspec URL.
+
+    Raises:
+        ValueError: it does not exist, is not safe to load, is not a lit_palm checkpoint, or has another format.
+    """
+    path = os.fspath(path)
+    filesystem, inner = fsspec.core.url_to_fs(path)
+    if not filesystem.exists(inner):
+        hint = ""
+        parent = Path(path).parent
+        if "://" not in path and parent.is_dir():
+            found = sorted(str(p) for p in parent.rglob("*.ckpt"))[:5]
+            hint = f"; near it are: {', '.join(found)}" if found else ""
+        raise ValueError(f"checkpoint {path!r} does not exist{hint}. Run the stage that writes it first.")
+    if filesystem.isdir(inner):
+        if filesystem.exists(f"{inner}/config.json"):
+            loaded = _load_folder(path)
+        elif filesystem.exists(f"{inner}/meta.pt"):
+            loaded = _load_sharded(path)
+        else:
+            raise ValueError(f"{path}: a directory with neither config.json nor meta.pt is not a checkpoint")
+    else:
+        loaded = _load_file(path)
+    header = loaded.get("lit_palm")
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: has no `lit_palm` entry, so it was not written by a lit_palm module")
+    if header.get("format") != FORMAT:
+        raise ValueError(
+            f"{path}: checkpoint format {header.get('format')!r}, written by lit_palm {header.get('version')}; "
+            f"this version reads format {FORMAT}. Install the version that wrote it."
+        )
+    return Checkpoint(path, header, loaded["state_dict"])
+
+
+def load_checkpoint_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokeniser a checkpoint carries.
+
+    Raises:
+        ValueError: as `read_checkpoint`, or it carries none.
+    """
+    tokenizer = read_checkpoint(path).tokenizer
+    if tokenizer is None:
+        raise ValueError(f"{path}: carries no tokeniser; name one with --data.tokenizer")
+    return tokenizer
+
+
+def read_config(path: str | os.PathLike[str]) -> NetworkConfig:
+    """Configuration of the first network of a checkpoint.
+
+    Raises:
+        ValueError: as `read_checkpoint`.
+    """
+    checkpoint = read_checkpoint(path)
+    return config_from_dict(next(iter(checkpoint.header["networks"].values())), os.fspath(path))
+
+
+def load_weights(network: nn.Module, weights: dict[str, Tensor], where: str) -> None:
+    """Copy weights into a network, or say which do not fit.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
+    own = network.state_dict()
+    missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    wrong = [f"{k}: {tuple(weights[k].shape)} there, {tuple(own[k].shape)} here"
+             for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
+    if missing or unknown or wrong:
+        parts = [f"{label} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+                 for label, names in (("lacks", missing), ("has unknown", unknown), ("differs in", sorted(wrong))) if names]
+        raise ValueError(f"{where}: does not fit the network: {'; '.join(parts)}. Was it written with another shape?")
+    network.load_state_dict(weights)
+
+
+def load_network(path: str | os.PathLike[str], role: Role = "policy") -> Network | ScalarNetwork:
+    """Build the network of a role from a checkpoint and load its weights.
+
+    A `policy` is a language model (the language model and the policy module both call it that); `reward` and `value`
+    are scalar networks. A value network may be taken from a reward model, or from a language model (its trunk, with a
+    fresh head); a reward only from a reward model, since a fresh head would score at random.
+
+    Raises:
+        ValueError: as `read_checkpoint`, or the checkpoint has no network that can play the role.
+    """
+    checkpoint = read_checkpoint(path)
+    networks = checkpoint.header["networks"]
+    sources = {"policy": ("policy",), "reward": ("reward",), "value": ("value", "reward", "policy")}[role]
+    source = next((s for s in sources if s in networks), None)
+    if source is None:
+        raise ValueError(f"{path}: holds {', '.join(networks)}, none of which can be used as {role}")
+    network: Network = config_from_dict(networks[source], os.fspath(path)).build()
+    weights = checkpoint.weights(source)
+    if role == "policy":
+        load_weights(network, weights, os.fspath(path))
+        return network
+    if source == "policy":
+        load_weights(network, weights, os.fspath(path))
+        return ScalarNetwork(network)
+    scalar = ScalarNetwork(network)
+    load_weights(scalar, weights, os.fspath(path))
+    return scalar
+
+
+def fingerprint(network: nn.Module) -> str:
+    """sha256 of names, shapes and float32 sums of the weights: cheap, and equal only for equal weights in practice."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        total = full.double().sum().item(), full.double().square().sum().item()
+        digest.update(f"{name}{tuple(full.shape)}{total[0]:.9e}{total[1]:.9e}".encode())
+    return digest.hexdigest()
+
+
+def export_folder(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
+    """Write the networks and tokeniser of a checkpoint as `config.json` and one safetensors file a network."""
+    from safetensors.torch import save_file
+
+    checkpoint = read_checkpoint(path)
+    os.makedirs(folder, exist_ok=True)
+    for role in checkpoint.header["networks"]:
+        weights = {k: v.contiguous() for k, v in checkpoint.weights(role).items()}
+        save_file(weights, os.path.join(folder, f"{role}.safetensors"), metadata={"format": "pt"})
+    header = {k: checkpoint.header[k] for k in ("format", "version", "kind", "networks", "tokenizer")}
+    with open(os.path.join(folder, "config.json"), "w") as file:
+        json.dump(header, file, indent=2)

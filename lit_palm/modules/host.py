@@ -1,0 +1,336 @@
+"""The one host of every objective: runs the networks, divides the summed loss, clips, logs and checkpoints.
+
+Reading order is Lightning's: setup -> configure_model -> configure_optimizers -> training_step ->
+on_before_optimizer_step -> configure_gradient_clipping -> on_save_checkpoint.
+
+Optimisation is automatic, so `accumulate_grad_batches`, `gradient_clip_val`, `precision`, `max_steps` and schedulers by
+step keep the meaning a Lightning user knows. The one addition: an objective returns a *sum*, and after backward the
+gradients are divided by the weight of the whole optimiser step, over all micro-batches and ranks. One large batch,
+accumulation and data parallelism therefore take the same step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lit_palm.data.tokenizers import Tokenizer
+from lit_palm.models.base import Network, NetworkConfig
+from lit_palm.modules import resume
+from lit_palm.modules.checkpoint import FORMAT, config_to_dict, load_checkpoint_tokenizer, load_network, read_config
+from lit_palm.objectives.base import Kind, Objective
+from lit_palm.types import Experience, Loss
+from lit_palm.version import __version__
+
+__all__ = ["LitModule"]
+
+
+def default_optimizer(params: Any) -> Optimizer:
+    """AdamW with betas (0.9, 0.95), no weight decay and lr 1e-3."""
+    return torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+class LitModule(LightningModule):
+    """What `LitLanguageModel`, `LitRewardModel` and `LitPolicy` share; see the module's docstring.
+
+    Args:
+        network: a configuration to start from nothing, or the path of an earlier stage's checkpoint, which then also
+            brings tokeniser and template.
+        objective: what to optimise.
+        optimizer: takes parameter groups, returns the optimiser.
+        scheduler: takes the optimiser, returns a learning-rate schedule, advanced by optimiser step.
+        clip_per_network: clip each network's gradient by its own norm rather than all together.
+    """
+
+    kind: ClassVar[Kind]
+
+    def __init__(
+        self,
+        network: str | NetworkConfig,
+        objective: Objective,
+        optimizer: OptimizerCallable = default_optimizer,
+        scheduler: LRSchedulerCallable | None = None,
+        clip_per_network: bool = False,
+    ) -> None:
+        super().__init__()
+        if objective.kind != self.kind:
+            raise ValueError(
+                f"{type(self).__name__} runs objectives of kind {self.kind!r}; {type(objective).__name__} is of kind "
+                f"{objective.kind!r}: use Lit{''.join(w.title() for w in objective.kind.split('_'))}"
+            )
+        self.network = network
+        self.objective = objective
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.clip_per_network = clip_per_network
+        self.tokenizer: Tokenizer | None = None
+        self.networks = nn.ModuleDict()
+        self.samples: list[dict[str, Any]] = []
+        self.num_tokens_seen: int | Tensor = 0
+        self._weight: Tensor | None = None
+        self._frozen: frozenset[str] = frozenset()
+        self._watched: dict[str, list[Tensor]] = {}
+
+    # ------------------------------------------------------------------ set-up
+
+    def load_tokenizer(self) -> Tokenizer | None:
+        """The tokeniser of the checkpoint that `network` names; None when the network starts from nothing."""
+        if self.tokenizer is None and isinstance(self.network, str):
+            self.tokenizer = load_checkpoint_tokenizer(self.network)
+        return self.tokenizer
+
+    def setup(self, stage: str) -> None:
+        """Take the data's tokeniser, which has been checked against the checkpoint's."""
+        data = getattr(self.trainer, "datamodule", None)
+        self.tokenizer = getattr(data, "tokenizer", None) or self.load_tokenizer()
+        if self.tokenizer is None or isinstance(self.tokenizer, str):
+            raise ValueError("no tokeniser: name one with --data.tokenizer, or a checkpoint with --model.network")
+
+    def build_network(self) -> Network:
+        """The language model that `network` describes, with its vocabulary taken from the tokeniser.
+
+        Raises:
+            ValueError: the vocabulary is smaller than the tokeniser's, or the checkpoint is unusable.
+        """
+        assert self.tokenizer is not None
+        if isinstance(self.network, str):
+            network = load_network(self.network)
+            assert isinstance(network, Network)
+        else:
+            if self.network.vocab_size is None:
+                self.network.vocab_size = self.tokenizer.vocab_size
+            network = self.network.build()
+        if (network.config.vocab_size or 0) < self.tokenizer.vocab_size:
+            raise ValueError(
+                f"the network has {network.config.vocab_size} token ids, the tokeniser {self.tokenizer.vocab_size}: "
+                "leave model.network.init_args.vocab_size out to follow the tokeniser"
+            )
+        return network
+
+    def build_networks(self) -> dict[str, nn.Module]:
+        """The trained networks by role."""
+        raise AssertionError("a module builds its networks")
+
+    def configure_model(self) -> None:
+        """Build the networks (once), so that a strategy can shard each as its own root."""
+        if not self.networks:
+            self.networks = nn.ModuleDict(self.build_networks())
+
+    def parameter_groups(self) -> Iterator[dict[str, Any]]:
+        """Parameter groups: one a network for matrices, one for vectors, which are not decayed."""
+        for role, network in self.networks.items():
+            params = [p for p in network.parameters() if p.requires_grad]
+            extra = self.group_options(role)
+            matrices, vectors = [p for p in params if p.dim() > 1], [p for p in params if p.dim() <= 1]
+            if matrices:
+                yield {"params": matrices, **extra}
+            if vectors:
+                yield {"params": vectors, "weight_decay": 0.0, **extra}
+
+    def group_options(self, role: str) -> dict[str, Any]:
+        """Optimiser options of one network's groups, over the optimiser's own."""
+        return {}
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """One optimiser over all networks; the schedule advances by optimiser step."""
+        optimizer = self.optimizer(list(self.parameter_groups()))
+        if self.scheduler is None:
+            return {"optimizer": optimizer}
+        scheduler = self.scheduler(optimizer)
+        if hasattr(scheduler, "set_total_steps"):
+            scheduler.set_total_steps(self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # ------------------------------------------------------------------ the step
+
+    def on_train_start(self) -> None:
+        self._reset_step()
+        resume.check_trainer(self.trainer)
+
+    def _reset_step(self) -> None:
+        self._weight, self._frozen, self._watched = None, frozenset(), {}
+
+    def account(self, loss: Loss, batch: Experience) -> Tensor:
+        """Add a micro-batch's weight to the optimiser step's, log its metrics, and give the scalar to differentiate.
+
+        Raises:
+            ValueError: the objective has several terms and gradients are accumulated.
+        """
+        weight = self.objective.weight(batch)
+        total = loss.total
+        if isinstance(total, dict):
+            # Terms with weights of their own must be divided before backward.
+            if self.trainer.accumulate_grad_batches != 1:
+                raise ValueError(
+                    f"{type(self.objective).__name__} has several loss terms, each with its own weight; these need "
+                    "trainer.accumulate_grad_batches: 1"
+                )
+            assert isinstance(weight, dict)
+            total = torch.stack([term / self._all_sum(weight[name]).clamp(min=1) for name, term in total.items()]).sum()
+            weight = torch.ones((), device=total.device) / self.trainer.world_size
+        assert isinstance(weight, Tensor)
+        weight = weight.to(dtype=torch.float32)
+        self._weight = weight if self._weight is None else self._weight + weight
+        self._frozen |= loss.frozen
+        for name in self.objective.watches:
+            value, count = loss.metrics[name]
+            self._watched.setdefault(name, []).append(torch.stack([value.float(), count.float()]))
+        self.num_tokens_seen = self.num_tokens_seen + batch["mask"].sum()
+        self.log("loss", total.detach() / weight.clamp(min=1e-8), prog_bar=True, batch_size=1)
+        for name, (value, count) in loss.metrics.items():
+            self.log(name, value / count.clamp(min=1), prog_bar=name in self.progress_metrics, batch_size=1)
+        return total
+
+    progress_metrics: ClassVar[tuple[str, ...]] = ()
+    """Metrics shown beside the loss in the progress bar."""
+
+    def _all_sum(self, value: Tensor) -> Tensor:
+        if self.trainer.world_size == 1:
+            return value
+        return self.trainer.strategy.reduce(value, reduce_op="sum")
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Divide by the weight of the whole step; drop what this step must not change."""
+        assert self._weight is not None, "an optimiser step without a training_step"
+        weight = self._all_sum(self._weight)
+        # Lightning divided by the accumulation, and data parallelism averages over ranks: undo both
+        factor = self.trainer.accumulate_grad_batches * self.trainer.world_size / weight.clamp(min=1e-8)
+        grads = [_local(p.grad) for p in self.parameters() if p.grad is not None]
+        if grads:
+            torch._foreach_mul_(grads, factor.to(grads[0].dtype))
+        for role in self._frozen:
+            self._drop_gradients(self.networks[role])
+        if self._watched:
+            sums = {k: self._all_sum(torch.stack(v).sum(0)).tolist() for k, v in self._watched.items()}
+            if self.objective.after_step({k: s / max(n, 1) for k, (s, n) in sums.items()}):
+                self._drop_gradients(self.networks)
+                self.stop_update()
+        self._reset_step()
+
+    def stop_update(self) -> None:
+        """Leave the rest of a collection's minibatches unused; modules with rollouts override it."""
+
+    def _drop_gradients(self, network: nn.Module) -> None:
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        for p in network.parameters():
+            if p.grad is not None:
+                if scaled:  # a gradient scaler insists on having seen gradients
+                    p.grad.zero_()
+                else:
+                    p.grad = None
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """As Lightning's, and logs `grad_norm` (before clipping); optionally each network by its own norm."""
+        if gradient_clip_algorithm == "value" and gradient_clip_val is not None:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            gradient_clip_val = None
+        bound = float(gradient_clip_val) if gradient_clip_val else float("inf")
+        parts = list(self.networks.values()) if self.clip_per_network else [self.networks]
+        norms = [nn.utils.clip_grad_norm_(part.parameters(), bound) for part in parts]
+        norm = torch.stack(norms).square().sum().sqrt()
+        self.log("grad_norm", norm)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def header(self) -> dict[str, Any]:
+        """The `lit_palm` entry of a checkpoint (see `lit_palm.modules.checkpoint`)."""
+        assert self.tokenizer is not None
+        objective = type(self.objective)
+        return {
+            "format": FORMAT,
+            "version": __version__,
+            "kind": self.kind,
+            "networks": {role: config_to_dict(_config_of(network)) for role, network in self.networks.items()},
+            "tokenizer": self.tokenizer.to_dict(),
+            "objective": {
+                "class_path": f"{objective.__module__}.{objective.__qualname__}",
+                "state": self.objective.state_dict(),
+            },
+            "num_tokens": int(self.num_tokens_seen),
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["lit_palm"] = self.header()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another kind, shape or tokeniser; restore what is carried from step to step.
+
+        Raises:
+            ValueError: naming what differs and the way out.
+        """
+        header = checkpoint.get("lit_palm")
+        if header is None:
+            raise ValueError("the checkpoint to resume has no `lit_palm` entry: it was not written by lit_palm")
+        if header.get("format") != FORMAT:
+            raise ValueError(f"the checkpoint to resume has format {header.get('format')!r}, this version {FORMAT}")
+        if header["kind"] != self.kind:
+            raise ValueError(
+                f"the checkpoint to resume was written by a {header['kind']} module, this is a {self.kind} one; to "
+                "start a stage from another's result, name it with --model.network instead of --ckpt_path"
+            )
+        own = self.header()
+        if header["tokenizer"] != own["tokenizer"]:
+            raise ValueError("the checkpoint to resume was trained with another tokeniser than the data brings")
+        for role, config in own["networks"].items():
+            there = header["networks"].get(role)
+            if there is None or there["class_path"] != config["class_path"]:
+                raise ValueError(f"the checkpoint to resume has no {config['class_path']} as {role}")
+            # dropout and the like may change between runs; what shapes the weights may not
+            network = _config_of(self.networks[role])
+            for key in getattr(network, "shape_fields", there["init_args"]):
+                if there["init_args"].get(key) != config["init_args"].get(key):
+                    raise ValueError(
+                        f"the checkpoint to resume has {key} {there['init_args'].get(key)!r} in its {role}, the "
+                        f"configuration {config['init_args'].get(key)!r}"
+                    )
+        if header["objective"]["class_path"] == own["objective"]["class_path"]:
+            self.objective.load_state_dict(header["objective"]["state"])
+        self.num_tokens_seen = int(header["num_tokens"])
+        resume.repair_epoch_end(checkpoint)
+
+    # ------------------------------------------------------------------ helpers
+
+    def log_means(self, metrics: dict[str, tuple[Tensor, Tensor]], prefix: str) -> None:
+        """Log sums and counts of a validation batch so that the epoch's value is the mean over everything."""
+        for name, (value, count) in metrics.items():
+            size = max(int(count), 0)
+            if size:
+                self.log(f"{prefix}{name}", value / count, on_step=False, on_epoch=True, batch_size=size, sync_dist=True,
+                         prog_bar=name in self.progress_metrics)
+
+    @property
+    def network_config(self) -> NetworkConfig:
+        """Configuration of the network, before and after it is built."""
+        if self.networks:
+            return _config_of(next(iter(self.networks.values())))
+        if isinstance(self.network, str):
+            return read_config(self.network)
+        return self.network
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Number of token ids of the network; None: as many as the tokeniser has."""
+        return self.network_config.vocab_size
+
+    @property
+    def context_length(self) -> int:
+        """Longest sequence the network takes, in tokens."""
+        return self.network_config.max_length
+
+
+def _local(grad: Tensor) -> Tensor:
+    """This rank's part of a gradient (itself unless it is a DTensor)."""
+    return grad.to_local() if hasattr(grad, "to_local") else grad
+
+
+def _config_of(network: nn.Module) -> NetworkConfig:
+    return network.config if isinstance(network, Network) else network.trunk.config  # type: ignore[union-attr,return-value]

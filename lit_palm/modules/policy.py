@@ -1,0 +1,444 @@
+"""Optimising a policy: PPO by default, any policy objective, with rollouts or from offline data."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from lit_palm.models.base import Network, NetworkConfig, ScalarNetwork
+from lit_palm.modules.checkpoint import fingerprint, load_network
+from lit_palm.modules.host import LitModule, default_optimizer
+from lit_palm.modules.language_model import language_model_output
+from lit_palm.modules.startup import check_first_ratio
+from lit_palm.objectives.base import Kind, Objective
+from lit_palm.objectives.ppo import PPO
+from lit_palm.rollout.collector import RolloutConfig, annotate, assemble, merge, prompt_order
+from lit_palm.rollout.engine import CachedEngine, Engine
+from lit_palm.rollout.loader import RolloutLoader
+from lit_palm.rollout.rewards import Reward, RewardBatch, RewardModel, total_reward
+from lit_palm.rollout.sampling import Sampling, row_seeds
+from lit_palm.types import Experience, Output
+
+__all__ = ["LitPolicy"]
+
+# collections count from 0; validation draws from a stream of its own
+VALIDATION = -1
+
+
+class LitPolicy(LitModule):
+    """A policy with whatever its objective needs beside it: a frozen reference, a value network, rewards.
+
+    Training with an objective that samples takes prompts (`PromptData`); one Lightning epoch is one collection.
+    Offline objectives take the data they were written for. Validation continues fixed prompts with fixed seeds and
+    logs `val/reward`, `val/rewards/NAME`, `val/kl` (nats a completion), `val/length` and `val/ended`; monitor
+    `val/reward` (mode max).
+
+    Args:
+        network: the path of a fine-tuned checkpoint to start from, or a configuration to start from nothing.
+        objective: default PPO.
+        rewards: what completions are worth, a weighted sum; each is logged under its name.
+        reference: checkpoint of the frozen reference; None: the policy as it starts.
+        value: checkpoint whose weights the value network starts from; None: the first reward model's, else the
+            policy's with a fresh head.
+        rollout: sizes of a collection and of its minibatches.
+        sampling: how completions are drawn, in training and validation; log-probabilities are taken at its temperature.
+        engine: what samples.
+        optimizer: takes parameter groups, returns the optimiser.
+        scheduler: takes the optimiser, returns a learning-rate schedule, advanced by optimiser step.
+        value_lr: learning rate of the value network; None: the optimiser's.
+        clip_per_network: clip each network's gradient by its own norm rather than all together.
+    """
+
+    kind: ClassVar[Kind] = "policy"
+    progress_metrics: ClassVar[tuple[str, ...]] = ("objective/scores", "objective/kl", "val/reward", "val/kl")
+
+    def __init__(
+        self,
+        network: str | NetworkConfig,
+        objective: Objective | None = None,
+        rewards: list[Reward] | None = None,
+        reference: str | None = None,
+        value: str | None = None,
+        rollout: RolloutConfig | None = None,
+        sampling: Sampling | None = None,
+        engine: Engine | None = None,
+        optimizer: OptimizerCallable = default_optimizer,
+        scheduler: LRSchedulerCallable | None = None,
+        value_lr: float | None = None,
+        clip_per_network: bool = False,
+    ) -> None:
+        super().__init__(network, objective or PPO(), optimizer, scheduler, clip_per_network)
+        self.rewards: list[Reward] = list(rewards or [])
+        names = [r.name for r in self.rewards]
+        if len(set(names)) != len(names):
+            raise ValueError(f"rewards are logged by name, and two of {names} share one: set `name` on one of them")
+        if "reward" in self.objective.needs and not self.rewards:
+            raise ValueError(
+                f"{type(self.objective).__name__} needs a reward: add one under model.rewards, for example "
+                "{class_path: RewardModel, init_args: {checkpoint: ...}} or a PythonReward"
+            )
+        self.reference, self.value, self.value_lr = reference, value, value_lr
+        self.rollout = rollout or RolloutConfig()
+        self.sampling = sampling or Sampling()
+        if "rollouts" in self.objective.needs and self.sampling.temperature <= 0:
+            raise ValueError("sampling.temperature must be positive to learn from samples; 1.0 is usual")
+        self.engine: Engine = engine or CachedEngine()
+        # frozen networks stay out of the module tree: neither trained, synchronised, nor written into checkpoints
+        self.frozen: dict[str, nn.Module] = {}
+        self.loader: RolloutLoader | None = None
+        self._prompts: Sequence[dict[str, Any]] = []
+        self._pending: dict[str, float] = {}
+        self._checked = False
+        self._reference_id = ""
+        self._update_start = 0.0
+
+    # ------------------------------------------------------------------ networks
+
+    def build_networks(self) -> dict[str, nn.Module]:
+        policy = self.build_network()
+        networks: dict[str, nn.Module] = {"policy": policy}
+        if "value" in self.objective.needs:
+            networks["value"] = self._build_value(policy)
+        # validation and prediction report the divergence, so there is a reference whatever the objective needs
+        reference = load_network(self.reference) if self.reference else copy.deepcopy(policy)
+        self.frozen = {"reference": reference}
+        for reward in self.rewards:
+            network = reward.build(load_network)
+            if network is not None:
+                self._check_vocabulary(network, reward.name)
+                self.frozen[f"reward/{reward.name}"] = network
+        for network in self.frozen.values():
+            network.requires_grad_(False).eval()
+        self._check_vocabulary(reference, "the reference")
+        self._reference_id = fingerprint(reference)
+        return networks
+
+    def _build_value(self, policy: Network) -> nn.Module:
+        models = [r for r in self.rewards if isinstance(r, RewardModel)]
+        source = self.value or (models[0].checkpoint if models else None)
+        if source is None:
+            return ScalarNetwork(copy.deepcopy(policy))
+        network = load_network(source, "value")
+        self._check_vocabulary(network, f"the value network of {source}")
+        return network
+
+    def _check_vocabulary(self, network: nn.Module, what: str) -> None:
+        trunk = network.trunk if isinstance(network, ScalarNetwork) else network
+        assert isinstance(trunk, Network) and self.tokenizer is not None
+        if (trunk.config.vocab_size or 0) < self.tokenizer.vocab_size:
+            raise ValueError(
+                f"{what} knows {trunk.config.vocab_size} token ids, the tokeniser has {self.tokenizer.vocab_size}: both "
+                "must come from the same tokeniser"
+            )
+
+    def group_options(self, role: str) -> dict[str, Any]:
+        return {"lr": self.value_lr} if role == "value" and self.value_lr is not None else {}
+
+    def _place_frozen(self) -> None:
+        for name, network in self.frozen.items():
+            network.to(self.device)
+            for reward in self.rewards:
+                if name == f"reward/{reward.name}":
+                    reward.network = network
+
+    def on_fit_start(self) -> None:
+        self._place_frozen()
+
+    def on_validation_start(self) -> None:
+        self._place_frozen()
+
+    def on_predict_start(self) -> None:
+        self._place_frozen()
+
+    # ------------------------------------------------------------------ rollouts
+
+    def rollout_loader(self, prompts: Sequence[dict[str, Any]]) -> RolloutLoader:
+        """The training dataloader: collections sampled from these prompts (rows with `prompt_ids`, `prompt`, `columns`).
+
+        Raises:
+            ValueError: the objective does not sample, there are no prompts, or sizes do not divide.
+        """
+        if "rollouts" not in self.objective.needs:
+            raise ValueError(
+                f"{type(self.objective).__name__} learns from given completions, not from prompts: use the data module "
+                "it was written for (PreferenceData or DemonstrationData)"
+            )
+        if not prompts:
+            raise ValueError("there are no prompts to sample from: is data.train empty?")
+        self._prompts = prompts
+        num_rows = self.objective.num_kept(self.rollout.num_rows)
+        self.loader = RolloutLoader(
+            self.collect, self.rollout, num_rows, self.objective.grouped, self.global_rank, self.trainer.world_size
+        )
+        return self.loader
+
+    def _numerics(self) -> Any:
+        """The precision that training_step runs in; without it the first ratio would be off under autocast."""
+        return self.trainer.precision_plugin.train_step_context()
+
+    def policy_logps(self, batch: Experience) -> dict[str, Tensor]:
+        """Log-probabilities of the completion tokens under the policy, at the sampling temperature."""
+        return language_model_output(self.networks["policy"], batch, temperature=self.sampling.temperature)
+
+    def _reference_logps(self, batch: Experience) -> Tensor:
+        output = language_model_output(self.frozen["reference"], batch, temperature=self.sampling.temperature)
+        return output["logps"]
+
+    def state_values(self, batch: Experience) -> Tensor:
+        """Value of the state in which each token was chosen: [B, T], what the network says one token earlier."""
+        values: Tensor = self.networks["value"](batch["tokens"])
+        return torch.where(batch["loss_mask"], values.roll(1, dims=1), 0)
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Sequence[dict[str, Any]], rows: Tensor, stream: int, seed: int, copies: int = 1
+    ) -> tuple[Experience, RewardBatch]:
+        """Complete prompts and score the completions.
+
+        Args:
+            prompts: rows with `prompt_ids`, `prompt` and `columns`, one for each of `rows`.
+            rows: [B] global row numbers, which with `seed` and `stream` determine what is sampled.
+            stream: number of the collection, or VALIDATION.
+            seed: seed of the run.
+            copies: completions a prompt (only to number the prompts).
+        """
+        assert self.tokenizer is not None
+        policy = self.networks["policy"]
+        assert isinstance(policy, Network)
+        ids = [p["prompt_ids"] for p in prompts]
+        start = time.perf_counter()
+        generation = self.engine.generate(
+            policy,
+            ids,
+            self.sampling,
+            row_seeds(seed, stream, rows),
+            pad_id=self.tokenizer.pad_id,
+            eos_id=self.tokenizer.eos_id,
+            decode=self.tokenizer.decode,
+        )
+        self._pending["time/rollout_s"] = time.perf_counter() - start
+        experience = assemble(ids, generation, self.tokenizer.pad_id, rows, rows // copies)
+        texts = [self._text(c, reason) for c, reason in zip(generation.completions, generation.finish_reason, strict=True)]
+        names = sorted({k for p in prompts for k in p["columns"]})
+        batch = RewardBatch(
+            prompts=[p["prompt"] for p in prompts],
+            completions=texts,
+            prompt_ids=ids,
+            completion_ids=generation.completions,
+            ended=generation.ended,
+            columns={k: [p["columns"].get(k) for p in prompts] for k in names},
+            tokens=experience["tokens"],
+            mask=experience["mask"],
+        )
+        start = time.perf_counter()
+        if self.rewards:
+            experience["scores"], experience["rewards"] = total_reward(self.rewards, batch)
+        self._pending["time/score_s"] = time.perf_counter() - start
+        return experience, batch
+
+    def _text(self, ids: Tensor, reason: str) -> str:
+        assert self.tokenizer is not None
+        text = self.tokenizer.decode(ids.tolist())
+        if reason == "stop":
+            cut = min((text.find(s) for s in self.sampling.stop if s in text), default=len(text))
+            text = text[:cut]
+        return text
+
+    @torch.no_grad()
+    def collect(self, collection: int) -> Experience:
+        """Sample, score, annotate and prepare one collection; the same on every rank, on the CPU."""
+        assert self._weight is None, "a collection in the middle of an optimiser step"
+        started = time.perf_counter()
+        config, world = self.rollout, self.trainer.world_size
+        order = prompt_order(len(self._prompts), config.seed, collection * config.num_prompts, config.num_prompts)
+        copies = config.completions_per_prompt
+        # whole prompts go to a rank, so that the completions of one share its prefill
+        mine = torch.arange(self.global_rank, config.num_prompts, world)
+        rows = (mine[:, None] * copies + torch.arange(copies)).flatten()
+        prompts = [self._prompts[order[i]] for i in mine.tolist() for _ in range(copies)]
+        training = self.networks.training
+        self.networks.eval()  # no dropout while collecting and scoring
+        with self._numerics():
+            experience, batch = self.sample(prompts, rows, collection, config.seed, copies)
+            self._annotate(experience)
+        self.networks.train(training)
+        experience = merge(self._gather(experience), self._pad_id)
+        self._log_collection(experience)
+        if not self._checked:
+            self._checked = True
+            check_first_ratio(self, experience)
+        experience = self.objective.prepare(experience)
+        self._pending.update(experience.get("metrics", {}))
+        self._note_samples(batch, experience if world == 1 else None)
+        self._pending["time/collect_s"] = time.perf_counter() - started
+        self._update_start = time.perf_counter()
+        return experience
+
+    @property
+    def _pad_id(self) -> int:
+        assert self.tokenizer is not None
+        return self.tokenizer.pad_id
+
+    def _annotate(self, experience: Experience) -> None:
+        def compute(rows: Experience) -> dict[str, Tensor]:
+            fields = {"old_logps": self.policy_logps(rows)["logps"]}
+            if "reference" in self.objective.needs:
+                fields["ref_logps"] = self._reference_logps(rows)
+            if "value" in self.objective.needs:
+                fields["values"] = self.state_values(rows)
+            return fields
+
+        annotate(experience, compute, self.rollout.batch_size, self.device)
+
+    def _gather(self, experience: Experience) -> list[Experience]:
+        if self.trainer.world_size == 1:
+            return [experience]
+        parts: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(parts, dict(experience))
+        return [Experience(p) for p in parts]
+
+    def _log_collection(self, experience: Experience) -> None:
+        lengths = experience["loss_mask"].sum(1).float()
+        self._pending["completions/mean_length"] = lengths.mean().item()
+        self._pending["completions/min_length"] = lengths.min().item()
+        self._pending["completions/max_length"] = lengths.max().item()
+        self._pending["completions/clipped_ratio"] = 1 - experience["ended"].float().mean().item()
+        for name, values in experience.get("rewards", {}).items():
+            self._pending[f"rewards/{name}/mean"] = values.mean().item()
+            self._pending[f"rewards/{name}/std"] = values.std().item() if len(values) > 1 else 0.0
+
+    def _note_samples(self, batch: RewardBatch, experience: Experience | None, count: int = 8) -> None:
+        rewards = experience.get("rewards", {}) if experience is not None else {}
+        self.samples = [
+            {"prompt": p, "completion": c, "rewards": {k: v[i].item() for k, v in rewards.items()}}
+            for i, (p, c) in enumerate(zip(batch.prompts[:count], batch.completions[:count], strict=True))
+        ]
+
+    # ------------------------------------------------------------------ the step
+
+    def on_train_epoch_start(self) -> None:
+        if self.loader is not None:
+            self.loader.finish()
+
+    def on_train_batch_start(self, batch: Experience, batch_idx: int) -> None:
+        # the loader cannot log: what a collection found out is logged with its first minibatch
+        for name, value in self._pending.items():
+            self.log(name, value, batch_size=1, prog_bar=name in self.progress_metrics)
+        self._pending = {}
+
+    def training_step(self, batch: Experience, batch_idx: int) -> Tensor:
+        return self.account(self.objective.loss(self._output(batch), batch), batch)
+
+    def _output(self, batch: Experience) -> Output:
+        needs = self.objective.needs
+        output = Output(
+            **language_model_output(
+                self.networks["policy"],
+                batch,
+                temperature=self.sampling.temperature if "rollouts" in needs else 1.0,
+                entropy="entropy" in needs,
+                log_z="log_z" in needs,
+            )
+        )
+        if "value" in needs:
+            output.values = self.state_values(batch)
+        if "reference" in needs and "rollouts" not in needs:
+            with torch.no_grad():
+                output.ref_logps = language_model_output(self.frozen["reference"], batch)["logps"]
+        return output
+
+    def stop_update(self) -> None:
+        if self.loader is not None:
+            self.loader.stop()
+
+    def on_train_epoch_end(self) -> None:
+        if self._update_start:
+            self.log("time/update_s", time.perf_counter() - self._update_start)
+
+    # ------------------------------------------------------------------ validation and prediction
+
+    @torch.no_grad()
+    def evaluate_prompts(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        """Continue a batch of prompts with seeds of their own: rows of prompt, completion, ended, num_tokens, kl, rewards."""
+        count = len(batch["prompts"])
+        prompts = [
+            {"prompt_ids": batch["prompt_ids"][i], "prompt": batch["prompts"][i],
+             "columns": {k: v[i] for k, v in batch["columns"].items()}}
+            for i in range(count)
+        ]
+        experience, scored = self.sample(prompts, torch.as_tensor(batch["row"]), VALIDATION, self.rollout.seed)
+        self._pending = {}
+
+        def compute(rows: Experience) -> dict[str, Tensor]:
+            return {"difference": self.policy_logps(rows)["logps"] - self._reference_logps(rows)}
+
+        annotate(experience, compute, self.rollout.batch_size, self.device)
+        kl = experience["difference"].sum(1)
+        rewards = experience.get("rewards", {})
+        return [
+            {
+                "prompt": scored.prompts[i],
+                "completion": scored.completions[i],
+                "ended": scored.ended[i],
+                "num_tokens": len(scored.completion_ids[i]),
+                "kl": kl[i].item(),
+                "rewards": {k: v[i].item() for k, v in rewards.items()},
+                "reward": experience["scores"][i].item() if self.rewards else None,
+            }
+            for i in range(count)
+        ]
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._validate(batch, batch_idx, "val/")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._validate(batch, batch_idx, "test/")
+
+    def _validate(self, batch: Any, batch_idx: int, prefix: str) -> None:
+        if isinstance(batch, Experience):  # offline data
+            loss = self.objective.loss(self._output(batch), batch)
+            weight = self.objective.weight(batch)
+            if isinstance(loss.total, Tensor) and isinstance(weight, Tensor):
+                self.log_means({"loss": (loss.total, weight), **loss.metrics}, prefix)
+            return
+        rows = self.evaluate_prompts(batch)
+        if batch_idx == 0:
+            self.samples = rows[:8]
+        columns: dict[str, list[float]] = {
+            "kl": [r["kl"] for r in rows],
+            "length": [float(r["num_tokens"]) for r in rows],
+            "ended": [float(r["ended"]) for r in rows],
+        }
+        if self.rewards:
+            columns["reward"] = [r["reward"] for r in rows]
+            for reward in self.rewards:
+                columns[f"rewards/{reward.name}"] = [r["rewards"][reward.name] for r in rows]
+        count = torch.tensor(len(rows))
+        self.log_means({k: (torch.tensor(v, device=self.device).sum(), count) for k, v in columns.items()}, prefix)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """Completions of a batch of prompts with their rewards and divergence."""
+        return self.evaluate_prompts(batch)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def header(self) -> dict[str, Any]:
+        return super().header() | {"reference": self._reference_id}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if checkpoint["lit_palm"].get("reference") != self._reference_id:
+            raise ValueError(
+                "the frozen reference is not the one this run started with: name the same checkpoint as model.network "
+                "(or model.reference), and do not change that file while a run depends on it"
+            )
+        self._checked = True  # the policy has moved on since its first collection
+
+
+Loader = Callable[[int], Experience]

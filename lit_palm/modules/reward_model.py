@@ -1,0 +1,118 @@
+"""Learning a reward model from people: pairs, rankings or ratings."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+
+from lit_palm.models.base import Network, NetworkConfig, ScalarNetwork
+from lit_palm.modules.checkpoint import load_network, read_checkpoint
+from lit_palm.modules.host import LitModule, default_optimizer
+from lit_palm.objectives.base import Kind, Objective
+from lit_palm.objectives.functional import RunningMoments
+from lit_palm.objectives.reward_ranking import RewardRanking
+from lit_palm.types import Experience, Output
+
+__all__ = ["LitRewardModel", "last_scores"]
+
+
+def last_scores(network: nn.Module, tokens: Tensor, mask: Tensor, calibrated: bool = True) -> Tensor:
+    """Score [B] at the last real token of each right-padded row."""
+    values: Tensor = network(tokens, calibrated=calibrated)
+    last = (mask.sum(1) - 1).clamp(min=0)
+    return values.gather(1, last[:, None]).squeeze(1)
+
+
+class LitRewardModel(LitModule):
+    """A scalar on top of a language model, trained on pairs, rankings or ratings.
+
+    Validation logs `val/loss`, `val/accuracy` (ranked pairs ordered as people did), `val/margin` and
+    `val/{min,mean,max}_reward`; monitor `val/accuracy` (mode max) or `val/loss`. After each validation the score is
+    calibrated on the validation answers, so that what a checkpoint scores has mean 0 (and deviation 1) over them; the metrics are of raw scores.
+
+    Args:
+        network: the path of a language model's checkpoint (its trunk gets a fresh head) or of a reward model's, or a
+            configuration to start from nothing.
+        objective: default RewardRanking.
+        optimizer: takes parameter groups, returns the optimiser.
+        scheduler: takes the optimiser, returns a learning-rate schedule, advanced by optimiser step.
+        clip_per_network: clip each network's gradient by its own norm rather than all together.
+        calibrate: `mean` shifts the score to mean 0, `whiten` also scales it to deviation 1, `none` leaves it.
+    """
+
+    kind: ClassVar[Kind] = "reward"
+    progress_metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
+
+    def __init__(
+        self,
+        network: str | NetworkConfig,
+        objective: Objective | None = None,
+        optimizer: OptimizerCallable = default_optimizer,
+        scheduler: LRSchedulerCallable | None = None,
+        clip_per_network: bool = False,
+        calibrate: Literal["none", "mean", "whiten"] = "mean",
+    ) -> None:
+        super().__init__(network, objective or RewardRanking(), optimizer, scheduler, clip_per_network)
+        self.calibrate = calibrate
+        self._moments = RunningMoments()
+
+    def build_networks(self) -> dict[str, nn.Module]:
+        if isinstance(self.network, str) and "reward" in read_checkpoint(self.network).header["networks"]:
+            return {"reward": load_network(self.network, "reward")}
+        return {"reward": ScalarNetwork(self.build_network())}
+
+    def _output(self, batch: Experience, calibrated: bool = False) -> Output:
+        return Output(scores=last_scores(self.networks["reward"], batch["tokens"], batch["mask"], calibrated))
+
+    def training_step(self, batch: Experience, batch_idx: int) -> Tensor:
+        return self.account(self.objective.loss(self._output(batch), batch), batch)
+
+    def _evaluate(self, batch: Experience, prefix: str) -> Output:
+        output = self._output(batch)
+        loss = self.objective.loss(output, batch)
+        weight = self.objective.weight(batch)
+        assert isinstance(loss.total, Tensor) and isinstance(weight, Tensor)
+        self.log_means({"loss": (loss.total, weight), **loss.metrics}, prefix)
+        return output
+
+    def on_validation_epoch_start(self) -> None:
+        self._moments = RunningMoments()
+
+    def validation_step(self, batch: Experience, batch_idx: int, dataloader_idx: int = 0) -> None:
+        output = self._evaluate(batch, "val/")
+        assert output.scores is not None
+        self._moments.update(output.scores)
+
+    def on_validation_epoch_end(self) -> None:
+        if self.calibrate == "none" or self.trainer.sanity_checking or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        gathered = self.all_gather(torch.tensor([self._moments.count, self._moments.mean, self._moments.sum_sq],
+                                                dtype=torch.float64, device=self.device)).reshape(-1, 3)
+        mean, std = _merge(gathered)
+        scalar = self.networks["reward"]
+        assert isinstance(scalar, ScalarNetwork)
+        scalar.calibrate(mean, std if self.calibrate == "whiten" else None)
+
+    def test_step(self, batch: Experience, batch_idx: int) -> None:
+        self._evaluate(batch, "test/")
+
+    def predict_step(self, batch: Experience, batch_idx: int) -> dict[str, Any]:
+        """Scores of a batch of answers, with their group."""
+        scores = self._output(batch, calibrated=True).scores
+        assert scores is not None
+        return {"scores": scores.cpu(), "group": batch["group"].cpu() if "group" in batch else None}
+
+
+def _merge(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation from (count, mean, sum of squares) of several ranks."""
+    count, mean, sum_sq = moments.unbind(1)
+    total = count.sum().clamp(min=1)
+    overall = (count * mean).sum() / total
+    spread = (sum_sq + count * (mean - overall).square()).sum()
+    std = (spread / (total - 1).clamp(min=1)).sqrt()
+    return overall.float(), torch.where(std > 0, std, 1.0).float()
+

@@ -1,0 +1,91 @@
+"""What an objective is: pure functions of tensors that say what to optimise.
+
+An objective never sees a model, a Trainer, an optimiser, a device or a rank. The host runs the networks, hands over an
+`Output` and an `Experience`, divides the summed loss and applies it. Entry-point group `lit_palm.objectives`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from lit_palm.types import Experience, Loss, Output
+
+__all__ = ["Kind", "Need", "Objective"]
+
+Kind = Literal["language_model", "reward", "policy"]
+Need = Literal["rollouts", "reference", "value", "reward", "entropy", "log_z"]
+
+
+class Objective(ABC):
+    """Base class of every objective; subclass it, implement `weight` and `loss`, and register an entry point.
+
+    The life of a batch: (rollout objectives) `prepare` once for each collection of all ranks -> minibatches ->
+    the networks give an `Output` -> `loss` -> backward -> gradients divided by the summed `weight` of the optimiser
+    step -> clip -> step. `state_dict` holds what is carried from step to step and is saved in every checkpoint.
+    """
+
+    API_VERSION: ClassVar[int] = 1
+    """The plugin interface this class was written for; a plugin states a literal of its own."""
+
+    kind: ClassVar[Kind] = "policy"
+    """Which LightningModule runs it."""
+
+    grouped: ClassVar[bool] = False
+    """True when rows of one `group` must stay in one micro-batch (pairs, rankings, groups of completions)."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the host must provide: `rollouts` (sample completions), `reference` (ref_logps), `value` (a value
+        network), `reward` (scores), `entropy` and `log_z` (in the output)."""
+        return frozenset()
+
+    def prepare(self, experience: Experience) -> Experience:
+        """Add what the loss needs, once for each collection; gets the rows of all ranks, on the CPU.
+
+        Args:
+            experience: the whole collection.
+
+        Returns:
+            The experience with more fields, and possibly fewer rows (best-of-n selection).
+        """
+        return experience
+
+    def num_kept(self, num_rows: int) -> int:
+        """How many of a collection's rows `prepare` keeps; override it together with a selection."""
+        return num_rows
+
+    @abstractmethod
+    def weight(self, experience: Experience) -> Tensor | dict[str, Tensor]:
+        """What the summed loss is divided by: the number of valid tokens, pairs or rows of this micro-batch.
+
+        Returns:
+            A scalar tensor, or one by name when `Loss.total` has several terms.
+        """
+
+    @abstractmethod
+    def loss(self, output: Output, experience: Experience) -> Loss:
+        """The summed loss of a micro-batch with its metrics (each a sum and a count)."""
+
+    def after_step(self, metrics: dict[str, float]) -> bool:
+        """Told the metrics of the optimiser step over all ranks, before the step is taken.
+
+        Returns:
+            True to leave the remaining minibatches of this collection unused (for example on too large a KL); the
+            step that found out is not taken.
+        """
+        return False
+
+    @property
+    def watches(self) -> tuple[str, ...]:
+        """Names of the metrics that `after_step` reads; others are not reduced over the ranks for it."""
+        return ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is carried from step to step, as plain numbers, strings and tensors (safe to load)."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""

@@ -1,0 +1,107 @@
+"""Small pure functions of tensors that objectives share: masked moments, KL estimators, running moments."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_palm.types import Experience
+
+__all__ = ["KLEstimator", "RunningMoments", "kl_estimate", "masked_mean", "masked_whiten", "pairs_of_rankings"]
+
+KLEstimator = Literal["k1", "k2", "k3"]
+
+# exp of anything larger is of no use to an optimiser, and overflows float16 and bfloat16 sums
+MAX_EXPONENT = 20.0
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of `values` where `mask` is True (any equal shapes); 0 when nothing is."""
+    return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
+
+
+def masked_whiten(values: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
+    """Shift and scale to mean 0 and variance 1 over the True entries of `mask`; zero elsewhere.
+
+    The variance is the unbiased one, as in Huang et al. 2024.
+    """
+    count = mask.sum()
+    mean = masked_mean(values, mask)
+    variance = torch.where(mask, (values - mean) ** 2, 0).sum() / (count - 1).clamp(min=1)
+    return torch.where(mask, (values - mean) * torch.rsqrt(variance + eps), 0)
+
+
+def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: KLEstimator) -> Tensor:
+    """Per-token estimate of KL(policy || reference), in nats, from a token that the policy sampled.
+
+    With d = logps - ref_logps: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d (Schulman 2020, "Approximating KL
+    Divergence"). The exponent is clamped at 20 nats.
+    """
+    d = logps - ref_logps
+    if estimator == "k1":
+        return d
+    if estimator == "k2":
+        return d.square() / 2
+    if estimator == "k3":
+        return torch.exp((-d).clamp(max=MAX_EXPONENT)) - 1 + d
+    raise ValueError(f"unknown KL estimator {estimator!r}: choose k1, k2 or k3")
+
+
+def pairs_of_rankings(experience: Experience) -> tuple[Tensor, Tensor, Tensor]:
+    """All pairs (better, worse) within each ranking.
+
+    Args:
+        experience: with `group` and `rank` [B]; rows of equal rank in a group form no pair.
+
+    Returns:
+        Indices of the better rows [P], of the worse rows [P], and the group of each pair [P].
+    """
+    group, rank = experience["group"], experience["rank"]
+    better = (group[:, None] == group[None, :]) & (rank[:, None] < rank[None, :])
+    i, j = better.nonzero(as_tuple=True)
+    return i, j, group[i]
+
+
+def logistic_loss(difference: Tensor) -> Tensor:
+    """-log sigmoid(difference), stable for large arguments."""
+    return -F.logsigmoid(difference)
+
+
+class RunningMoments:
+    """Count, mean and standard deviation of everything seen so far, in float64 (Chan et al. 1979, parallel update)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = 0.0
+        self.sum_sq = 0.0
+
+    def update(self, values: Tensor) -> None:
+        """Add a batch of values (any shape)."""
+        values = values.detach().double().flatten()
+        n = values.numel()
+        if n == 0:
+            return
+        mean = values.mean().item()
+        delta = mean - self.mean
+        total = self.count + n
+        self.sum_sq += (values - mean).square().sum().item() + delta**2 * self.count * n / total
+        self.mean += delta * n / total
+        self.count = total
+
+    @property
+    def std(self) -> float:
+        """Unbiased standard deviation; 1 when there is nothing to measure it by."""
+        if self.count < 2 or self.sum_sq <= 0:
+            return 1.0
+        return (self.sum_sq / (self.count - 1)) ** 0.5
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return {"count": self.count, "mean": self.mean, "sum_sq": self.sum_sq}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self.count, self.mean, self.sum_sq = int(state["count"]), float(state["mean"]), float(state["sum_sq"])

@@ -1,0 +1,105 @@
+"""Learning a reward from people: pairs, whole rankings, and ratings."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_palm.objectives.base import Kind, Objective
+from lit_palm.objectives.functional import logistic_loss, pairs_of_rankings
+from lit_palm.types import Experience, Loss, Output
+
+
+class RewardRanking(Objective):
+    """Bradley-Terry on pairs and rankings: -log sigmoid(r_better - r_worse).
+
+    A ranking of K answers to one prompt is one element: the mean over its K-choose-2 pairs, all answers in one
+    micro-batch, so that no answer is passed through the network K - 1 times (Ouyang et al. 2022, equation 1).
+    Ties form no pair.
+
+    Args:
+        margin: subtract the row's `margin` (by how much people preferred the better answer) inside the sigmoid
+            (Touvron et al. 2023, section 3.2.2).
+        centering: coefficient of (r_better + r_worse)^2, which keeps scores around zero (Eisenstein et al. 2023).
+    """
+
+    kind: ClassVar[Kind] = "reward"
+    grouped: ClassVar[bool] = True
+
+    def __init__(self, margin: bool = False, centering: float = 0.0) -> None:
+        if centering < 0:
+            raise ValueError(f"centering must not be negative, got {centering}")
+        self.margin = margin
+        self.centering = centering
+
+    def weight(self, experience: Experience) -> Tensor:
+        """The number of rankings with at least one pair."""
+        _, _, group = pairs_of_rankings(experience)
+        return torch.tensor(len(group.unique()), device=group.device)
+
+    def loss(self, output: Output, experience: Experience) -> Loss:
+        """Summed over rankings; metrics `accuracy`, `margin` (per pair) and `{min,mean,max}_reward`."""
+        scores = output.scores
+        assert scores is not None
+        better, worse, group = pairs_of_rankings(experience)
+        difference = scores[better] - scores[worse]
+        target = difference
+        if self.margin:
+            if "margin" not in experience:
+                raise ValueError("objective RewardRanking(margin=True) needs a `margin` column in the preference data")
+            target = difference - experience["margin"][better]
+        per_pair = logistic_loss(target)
+        if self.centering:
+            per_pair = per_pair + self.centering * (scores[better] + scores[worse]).square()
+        _, inverse, size = group.unique(return_inverse=True, return_counts=True)
+        total = (per_pair / size[inverse]).sum() + 0.0 * scores.sum()  # a batch of ties still has a graph
+        pairs = torch.tensor(len(better), device=scores.device)
+        detached, one = scores.detach(), torch.ones((), device=scores.device)
+        metrics = {
+            "accuracy": ((difference.detach() > 0).float().sum(), pairs),
+            "margin": (difference.detach().sum(), pairs),
+            "min_reward": (detached.min(), one),
+            "mean_reward": (detached.sum(), one * len(detached)),
+            "max_reward": (detached.max(), one),
+        }
+        return Loss(total, metrics)
+
+
+class RewardRegression(Objective):
+    """Squared error of the score against a human rating.
+
+    Args:
+        huber: above this absolute error the loss grows linearly, which tames raters who disagree; None: never.
+    """
+
+    kind: ClassVar[Kind] = "reward"
+
+    def __init__(self, huber: float | None = None) -> None:
+        if huber is not None and huber <= 0:
+            raise ValueError(f"huber must be positive or null, got {huber}")
+        self.huber = huber
+
+    def weight(self, experience: Experience) -> Tensor:
+        """The number of rated rows."""
+        return torch.tensor(experience.num_rows, device=experience["rating"].device)
+
+    def loss(self, output: Output, experience: Experience) -> Loss:
+        """Summed over rows; metrics `mae` and `{min,mean,max}_reward`."""
+        scores, rating = output.scores, experience["rating"]
+        assert scores is not None
+        if self.huber is None:
+            total = F.mse_loss(scores, rating, reduction="sum")
+        else:
+            total = F.huber_loss(scores, rating, reduction="sum", delta=self.huber)
+        detached, one = scores.detach(), torch.ones((), device=scores.device)
+        count = one * len(detached)
+        metrics = {
+            "mae": ((detached - rating).abs().sum(), count),
+            "min_reward": (detached.min(), one),
+            "mean_reward": (detached.sum(), count),
+            "max_reward": (detached.max(), one),
+        }
+        return Loss(total, metrics)

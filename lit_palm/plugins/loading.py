@@ -1,0 +1,157 @@
+"""Load what is asked for, and say what is wrong in the words of whoever asked."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lit_palm.plugins.checking import check
+from lit_palm.plugins.registry import (
+    BUILTINS,
+    GROUPS,
+    Plugin,
+    PluginError,
+    allowed_names,
+    discover,
+    group_of,
+    is_builtin,
+)
+from lit_palm.plugins.scan import DEFAULT_PREFIXES, named_words
+
+__all__ = ["explain", "load", "load_named", "plugin_table", "unknown_message"]
+
+UNRESOLVED = (
+    r"Expected a dot import path string: ([\w.]+)",
+    r"Problem with given class_path ['\"]([\w.]+)",
+    r"Expected an instantiatable class, but ([\w.]+) is abstract",
+)
+"""What jsonargparse says when a short name is nobody's, a class path does not import, or a class was refused."""
+
+
+def load(group: str, name: str) -> type:
+    """Import one plugin or built-in and nothing else.
+
+    Args:
+        group: entry-point group ("lit_palm.objectives") or kind ("objective").
+        name: the entry point's name.
+
+    Returns:
+        The class.
+
+    Raises:
+        PluginError: when nothing has this name (says what is installed, what is broken and the nearest name), several
+            distributions or a plugin and a built-in share it, it does not import, or it breaks the rules.
+    """
+    group = group_of(group)
+    same = [plugin for plugin in discover() if plugin.group == group and plugin.name == name]
+    usable = [plugin for plugin in same if plugin.health != "off"]
+    if not usable:
+        if same:
+            raise PluginError(f"{same[0].problem()}; LIT_PALM_PLUGINS={os.environ.get('LIT_PALM_PLUGINS', '')}")
+        raise PluginError(unknown_message(group, name))
+    if len(usable) > 1:
+        raise PluginError(str(usable[0].cause))
+    cls = check(usable[0])
+    if cls is None:
+        raise PluginError(usable[0].problem())
+    return cls
+
+
+def load_named(
+    args: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    files: Sequence[str | Path] = (),
+    prefixes: Sequence[str] = DEFAULT_PREFIXES,
+) -> list[Plugin]:
+    """Import the built-ins and the plugins that a command line names, so that the CLI resolves their short names.
+
+    Names are looked for in the arguments, in the YAML files they name (and the files those name), in environment
+    variables that give defaults and in the CLI's default configuration files: see `lit_palm.plugins.scan`.
+
+    Args:
+        args: command line tokens, without the program's name.
+        env: environment; None takes the process's.
+        files: the CLI's default configuration files.
+        prefixes: prefixes of the environment variables that give defaults.
+
+    Returns:
+        The named plugins that cannot be used; each has been reported on stderr.
+
+    Raises:
+        PluginError: when a name that is written out shadows a built-in: the CLI would silently take the built-in.
+    """
+    names = named_words(args, os.environ if env is None else env, files, prefixes)
+    troubled = []
+    for plugin in discover():
+        if is_builtin(plugin):
+            check(plugin)
+        elif names is None or plugin.name in names or plugin.name == "?":
+            shadows = plugin.health == "duplicate" and plugin.name in BUILTINS[plugin.group]
+            if shadows and names is not None:
+                raise PluginError(str(plugin.cause))
+            if check(plugin) is None:
+                troubled.append(plugin)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        for plugin in troubled:
+            print(f"lit_palm: {plugin.problem()}", file=sys.stderr)
+        for name in sorted((allowed_names() or set()) - {plugin.name for plugin in discover()}):
+            print(f"lit_palm: LIT_PALM_PLUGINS names {name}, which is not installed", file=sys.stderr)
+    return troubled
+
+
+def plugin_table() -> list[Plugin]:
+    """Every built-in and plugin, imported and checked: what is installed, from where, healthy or why not."""
+    for plugin in discover():
+        check(plugin)
+    order = list(GROUPS)
+    return sorted(discover(), key=lambda plugin: order.index(plugin.group) if plugin.group in order else len(order))
+
+
+def unknown_message(group: str, name: str) -> str:
+    """The error for a name that cannot be resolved: the nearest name, what is installed, what is broken and why.
+
+    Args:
+        group: entry-point group or kind.
+        name: what the user wrote.
+    """
+    group = group_of(group)
+    kind = GROUPS[group][0]
+    known = [plugin for plugin in plugin_table() if plugin.group in (group, "?")]
+    same = [plugin for plugin in known if plugin.name == name and plugin.health != "healthy"]
+    healthy = [plugin for plugin in known if plugin.health == "healthy"]
+    others = {plugin.name.lower(): plugin.name for plugin in known if plugin.name != name}
+    near = difflib.get_close_matches(name.lower(), others, n=1)
+    lines = [plugin.problem() for plugin in same] or [f"unknown {kind} {name!r}"]
+    if near and not same:
+        lines[0] += f"; did you mean {others[near[0]]}?"
+    lines.append(f"installed: {', '.join(f'{plugin.name} ({plugin.source})' for plugin in healthy) or 'none'}")
+    lines += [f"not usable: {p.problem()}" for p in known if p.health != "healthy" and p not in same]
+    return "\n".join(lines)
+
+
+def explain(message: str) -> str:
+    """What to add to the argument parser's error when a short name or class path did not lead to a usable plugin.
+
+    Args:
+        message: the error of jsonargparse, which names the key and what it was given, but neither why the class is
+            missing nor which ones there are.
+
+    Returns:
+        `unknown_message` for what was asked for; "" when the error is about something else.
+    """
+    key = re.search(r"Parser key ['\"]([\w.]+)", message)
+    asked = next((match.group(1) for pattern in UNRESOLVED if (match := re.search(pattern, message))), None)
+    if asked is None:
+        return ""
+    name = asked.rpartition(".")[2]
+    if any(plugin.name == name and check(plugin) is not None for plugin in discover()):
+        return ""  # the class is fine, its arguments are not
+    parts = [part.removesuffix("s") for part in key.group(1).split(".")] if key else []
+    by_key = [group for group, (kind, _) in GROUPS.items() if kind in parts]
+    by_name = [plugin.group for plugin in discover() if plugin.name == name and plugin.group in GROUPS]
+    return "\n".join(unknown_message(group, name) for group in dict.fromkeys(by_key or by_name))

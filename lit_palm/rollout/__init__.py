@@ -1,0 +1,1 @@
+"""Prompts to experience: sampling, the KV-cached engine, rewards, advantages, the collector and its loader."""

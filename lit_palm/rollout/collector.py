@@ -1,0 +1,128 @@
+"""From sampled completions to one `Experience`: assembling rows, annotating them in length-sorted batches, merging ranks.
+
+Rows are prompt and completion without a gap, right-padded: a causal network then needs no mask, and no padding sits
+between what is conditioned on and what is learned from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from lit_palm.rollout.engine import Generation
+from lit_palm.types import Experience
+
+__all__ = ["RolloutConfig", "annotate", "assemble", "merge", "prompt_order"]
+
+
+@dataclass
+class RolloutConfig:
+    """How much is collected, and how it is served to the optimiser."""
+
+    num_prompts: int = 128
+    """Prompts a collection, over all ranks; one collection is one Lightning epoch."""
+    completions_per_prompt: int = 1
+    """Completions sampled for each prompt."""
+    passes: int = 2
+    """How often a collection is gone through."""
+    minibatch_size: int = 32
+    """Completions a training batch, over all ranks; `trainer.accumulate_grad_batches` makes a step of several."""
+    batch_size: int = 64
+    """Rows a forward pass without gradients, on each rank (log-probabilities, values, rewards)."""
+    seed: int = 0
+    """Seed of prompts' order, samples and minibatches."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_prompts", "completions_per_prompt", "passes", "minibatch_size", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"rollout.{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def num_rows(self) -> int:
+        """Completions a collection."""
+        return self.num_prompts * self.completions_per_prompt
+
+
+def prompt_order(num_prompts: int, seed: int, start: int, count: int) -> list[int]:
+    """The prompts at places start .. start + count of an endless shuffled sequence: each pass its own permutation.
+
+    A function of its arguments alone, so that nothing has to be saved and the number of ranks changes nothing.
+    """
+    order: list[int] = []
+    while len(order) < count:
+        epoch, offset = divmod(start + len(order), num_prompts)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        permutation = torch.randperm(num_prompts, generator=generator).tolist()
+        order += permutation[offset : offset + count - len(order)]
+    return order
+
+
+def assemble(prompts: Sequence[Tensor], generation: Generation, pad_id: int, rows: Tensor, groups: Tensor) -> Experience:
+    """Rows of prompt and completion, right-padded.
+
+    Args:
+        prompts: one [n] long tensor a row.
+        generation: what the engine sampled for them.
+        pad_id: fills the rest of a row.
+        rows: [B] global row numbers.
+        groups: [B] global prompt numbers.
+    """
+    tokens = [torch.cat([p, c]) for p, c in zip(prompts, generation.completions, strict=True)]
+    length = torch.tensor([len(t) for t in tokens])
+    start = torch.tensor([len(p) for p in prompts])
+    place = torch.arange(int(length.max()))
+    mask = place[None] < length[:, None]
+    return Experience(
+        tokens=pad_sequence(tokens, batch_first=True, padding_value=pad_id),
+        mask=mask,
+        loss_mask=mask & (place[None] >= start[:, None]),
+        ended=torch.tensor(generation.ended, dtype=torch.bool),
+        row=rows,
+        group=groups,
+    )
+
+
+def annotate(
+    experience: Experience, compute: Callable[[Experience], dict[str, Tensor]], batch_size: int, device: torch.device
+) -> None:
+    """Add per-token fields [B, T] in place, computed on `device` in batches of similar length, kept on the CPU.
+
+    Args:
+        experience: on the CPU.
+        compute: gives [b, t] tensors by name for a part of the rows.
+        batch_size: rows at a time.
+        device: where `compute` runs.
+    """
+    order = experience["mask"].sum(1).argsort(descending=True, stable=True)
+    for part in order.split(batch_size):
+        rows = experience.select(part)
+        moved = Experience({k: v.to(device) for k, v in rows.items() if isinstance(v, Tensor)})
+        for name, values in compute(moved).items():
+            if name not in experience:
+                experience[name] = torch.zeros(experience["tokens"].shape, dtype=torch.float32)
+            experience[name][part, : values.shape[1]] = values.float().cpu()
+
+
+def merge(parts: Sequence[Experience], pad_id: int) -> Experience:
+    """The rows of all ranks as one experience, in the order of `row`."""
+    if len(parts) == 1:
+        return parts[0]
+    width = max(p["tokens"].shape[1] for p in parts)
+    merged = Experience()
+    for name, first in parts[0].items():
+        if isinstance(first, Tensor):
+            fill = pad_id if name == "tokens" else 0
+            columns = [
+                torch.nn.functional.pad(p[name], (0, width - p[name].shape[1]), value=fill) if first.dim() > 1 else p[name]
+                for p in parts
+            ]
+            merged[name] = torch.cat(columns)
+        elif isinstance(first, dict):
+            merged[name] = {k: torch.cat([p[name][k] for p in parts]) for k in first}
+    order = merged["row"].argsort()
+    rewards = {k: v[order] for k, v in merged.get("rewards", {}).items()}
+    return Experience(merged.select(order), rewards=rewards)

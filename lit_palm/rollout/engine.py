@@ -1,0 +1,323 @@
+"""From prompts to completions: the engine interface and the built-in KV-cached engine.
+
+An engine takes prompts as token ids, a network and a `Sampling`, and gives back the sampled ids with the log-probability
+of each; ids are never decoded and encoded again. It knows no Trainer and no rank.
+
+    generation = CachedEngine().generate(network, prompts, Sampling(max_new_tokens=40), seeds, pad_id=0, eos_id=1)
+    generation.completions[0], generation.logps[0], generation.finish_reason[0]
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lit_palm.models.base import Network
+from lit_palm.models.logprobs import last_logits
+from lit_palm.rollout.sampling import Sampling, filter_logits, sample, uniform
+
+__all__ = ["CachedEngine", "Engine", "Generation"]
+
+
+@dataclass
+class Generation:
+    """What was sampled, one element a prompt, on the CPU."""
+
+    completions: list[Tensor]
+    """[n] long: the sampled ids, with the EOS or stop text that ended them."""
+    logps: list[Tensor]
+    """[n] float32: log-probability in nats of each sampled id under softmax(logits / temperature) over the whole
+    vocabulary, before penalties and filters; at temperature 0 under softmax(logits)."""
+    ended: list[bool]
+    """True when EOS or a stop text ended it, False when it ran out of tokens."""
+    finish_reason: list[str]
+    """"eos", "stop" or "length"."""
+
+
+class Engine(ABC):
+    """Samples completions. Entry-point group `lit_palm.engines`."""
+
+    API_VERSION: ClassVar[int] = 1
+
+    @abstractmethod
+    def generate(
+        self,
+        network: Network,
+        prompts: Sequence[Tensor],
+        sampling: Sampling,
+        seeds: Tensor,
+        *,
+        pad_id: int,
+        eos_id: int | None,
+        decode: Callable[[list[int]], str] | None = None,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> Generation:
+        """Sample one completion a prompt, without gradients and with dropout off.
+
+        Args:
+            network: the network to sample from; left in the mode it came in.
+            prompts: token ids, each [n] long with n >= 1. EOS inside a prompt is an ordinary token.
+            sampling: how to draw.
+            seeds: [B] int64, one a prompt; a row's completion depends on its prompt and its seed alone.
+            pad_id: an id to fill shorter rows with; it is never attended to.
+            eos_id: the id that ends a completion; None: nothing but stop texts and `max_new_tokens` does.
+            decode: ids -> text; needed for stop texts.
+            on_token: called as on_token(row, id) for each sampled id, in order (streaming).
+
+        Raises:
+            ValueError: an empty prompt, an id outside the vocabulary, a prompt too long for the network's
+                `max_length`, or stop texts without `decode`.
+        """
+
+
+def check_request(network: Network, prompts: Sequence[Tensor], sampling: Sampling, decode: object) -> None:
+    """Refuse what cannot be generated; see `Engine.generate`."""
+    config = network.config
+    for row, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {row} is empty: give it at least one token, for example BOS")
+        if len(prompt) + sampling.max_new_tokens > config.max_length:
+            raise ValueError(
+                f"prompt {row} has {len(prompt)} tokens, with {sampling.max_new_tokens} new ones more than the "
+                f"network's max_length ({config.max_length}): shorten the prompt or lower max_new_tokens"
+            )
+        low, high = (int(x) for x in prompt.aminmax())
+        if config.vocab_size is not None and not 0 <= low <= high < config.vocab_size:
+            raise ValueError(
+                f"prompt {row} holds token id {low if low < 0 else high}, the network has ids 0 to "
+                f"{config.vocab_size - 1}: use the tokeniser the network was trained with"
+            )
+    if sampling.stop and decode is None:
+        raise ValueError("sampling.stop needs a tokeniser: pass decode, or leave stop empty")
+
+
+class CachedEngine(Engine):
+    """Batched decoding with a key/value cache: a prompt is read once, then each step feeds one token a row.
+
+    Rows of similar prompt length run together, equal prompts are read once, and finished rows leave the batch when
+    they are half of it.
+
+    Args:
+        max_batch_size: most rows at once; None: all.
+    """
+
+    def __init__(self, max_batch_size: int | None = None) -> None:
+        if max_batch_size is not None and max_batch_size < 1:
+            raise ValueError(f"max_batch_size is {max_batch_size}: use at least 1, or leave it out for all rows at once")
+        self.max_batch_size = max_batch_size
+
+    @torch.no_grad()
+    def generate(
+        self,
+        network: Network,
+        prompts: Sequence[Tensor],
+        sampling: Sampling,
+        seeds: Tensor,
+        *,
+        pad_id: int,
+        eos_id: int | None,
+        decode: Callable[[list[int]], str] | None = None,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> Generation:
+        """Sample one completion a prompt; see `Engine.generate`."""
+        assert len(seeds) == len(prompts), "one seed a prompt"
+        check_request(network, prompts, sampling, decode)
+        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+        size = self.max_batch_size or max(1, len(order))
+        training = [module for module in network.modules() if module.training]
+        network.eval()
+        rows: dict[int, _Row] = {}
+        try:
+            for start in range(0, len(order), size):
+                part = order[start : start + size]
+                batch = _Batch(network, [prompts[i] for i in part], seeds[part], part, sampling, pad_id, eos_id)
+                batch.decode, batch.on_token = decode, on_token
+                batch.run()
+                rows.update(zip(part, batch.results(), strict=True))
+        finally:
+            for module in training:
+                module.training = True
+        ordered = [rows[i] for i in range(len(prompts))]
+        return Generation(
+            completions=[row[0] for row in ordered],
+            logps=[row[1] for row in ordered],
+            ended=[row[2] != "length" for row in ordered],
+            finish_reason=[row[2] for row in ordered],
+        )
+
+
+_Row = tuple[Tensor, Tensor, str]
+
+
+class _Batch:
+    """One batch of rows on its way. Tensors over `alive` rows shrink as rows finish; results stay in full size."""
+
+    decode: Callable[[list[int]], str] | None = None
+    on_token: Callable[[int, int], None] | None = None
+
+    def __init__(
+        self,
+        network: Network,
+        prompts: list[Tensor],
+        seeds: Tensor,
+        names: list[int],
+        sampling: Sampling,
+        pad_id: int,
+        eos_id: int | None,
+    ) -> None:
+        self.network, self.sampling, self.pad_id, self.eos_id, self.names = network, sampling, pad_id, eos_id, names
+        self.prompts = prompts
+        self.device = next(network.parameters()).device
+        num_rows, steps = len(prompts), sampling.max_new_tokens
+        self.uniforms = uniform(seeds[:, None], torch.arange(steps, device=seeds.device)).to(self.device)
+        self.tokens = torch.full((steps, num_rows), pad_id, dtype=torch.long, device=self.device)
+        self.logps = torch.zeros(steps, num_rows, device=self.device)
+        self.lengths = [steps] * num_rows
+        self.reasons = ["length"] * num_rows
+        self.texts: list[list[int]] = [[] for _ in prompts]
+        self.alive = list(range(num_rows))
+        self.done = [False] * num_rows
+        # all that stop texts can reach back to: every token adds at least a byte, save special ones
+        self.tail = 8 + max((len(s.encode()) for s in sampling.stop), default=0)
+
+    def run(self) -> None:
+        """Read the prompts, then sample until every row has ended."""
+        logits = self.prefill()
+        for step in range(self.sampling.max_new_tokens):
+            tokens, logps = self.draw(logits, step)
+            if len(self.alive) == len(self.names):
+                self.tokens[step], self.logps[step] = tokens, logps
+            else:
+                self.tokens[step, self.index], self.logps[step, self.index] = tokens, logps
+            if self.finish(tokens, step):
+                return
+            tokens = self.compact(tokens)
+            if step + 1 < self.sampling.max_new_tokens:
+                logits = self.network(
+                    tokens[:, None], positions=self.next_positions(), cache=self.cache, head=last_logits
+                )
+
+    def prefill(self) -> Tensor:
+        """Run the distinct prompts, left-padded, into a new cache and repeat its rows; logits [B, V]."""
+        distinct: dict[tuple[int, ...], int] = {}
+        which = [distinct.setdefault(tuple(p.tolist()), len(distinct)) for p in self.prompts]
+        width = max(len(ids) for ids in distinct)
+        lengths = torch.tensor([len(ids) for ids in distinct], device=self.device)
+        tokens = torch.tensor([[self.pad_id] * (width - len(ids)) + list(ids) for ids in distinct], device=self.device)
+        mask = positions = None
+        self.positions: Tensor | None = None
+        if int(lengths.min()) < width:
+            mask = torch.arange(width, device=self.device) >= width - lengths[:, None]
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            self.positions = lengths[:, None]
+        self.cache = self.network.new_cache(len(distinct), width + self.sampling.max_new_tokens)
+        logits = self.network(tokens, mask=mask, positions=positions, cache=self.cache, head=last_logits)
+        self.index = torch.arange(len(which), device=self.device)
+        self.seen: Tensor | None = None
+        if self.sampling.repetition_penalty != 1.0:
+            self.seen = torch.zeros(len(distinct), logits.shape[1], dtype=torch.bool, device=self.device)
+            for row, ids in enumerate(distinct):
+                self.seen[row, list(ids)] = True
+        if len(distinct) < len(which):
+            rows = torch.tensor(which, device=self.device)
+            self.cache.select(rows)
+            logits = logits[rows]
+            self.positions = None if self.positions is None else self.positions[rows]
+            self.seen = None if self.seen is None else self.seen[rows]
+        return logits
+
+    def next_positions(self) -> Tensor | None:
+        """Position of the token to be fed, [B, 1], and count it; None when no row is padded."""
+        current = self.positions
+        if current is not None:
+            self.positions = current + 1
+        return current
+
+    def draw(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """One token a row and its log-probability: [B] long and [B] float."""
+        sampling = self.sampling
+        scaled = logits if sampling.temperature in (0.0, 1.0) else logits / sampling.temperature
+        allowed = filter_logits(logits, sampling, self.seen) if sampling.filtered else scaled
+        if step < sampling.min_new_tokens and self.eos_id is not None:
+            allowed = filter_logits(self.without_eos(logits), sampling, self.seen)
+        peak = scaled.amax(1, keepdim=True)
+        weights = (scaled - peak).exp_()
+        norm = weights.sum(1)
+        if sampling.greedy:
+            tokens = allowed.argmax(1)
+        else:
+            if allowed is not scaled:
+                weights = (allowed - allowed.amax(1, keepdim=True)).exp_()
+            tokens = sample(weights, self.uniforms[:, step])
+        if self.seen is not None:
+            self.seen[torch.arange(len(tokens), device=self.device), tokens] = True
+        logps = (scaled.gather(1, tokens[:, None]) - peak).squeeze(1) - norm.log()
+        return tokens, logps
+
+    def without_eos(self, logits: Tensor) -> Tensor:
+        """The logits with EOS excluded."""
+        logits = logits.clone()
+        logits[:, self.eos_id] = -torch.inf
+        return logits
+
+    def finish(self, tokens: Tensor, step: int) -> bool:
+        """Note which rows end with this token, and report tokens; True when no row is left."""
+        if self.eos_id is None and not self.sampling.stop and self.on_token is None:
+            return False
+        ids = tokens.tolist()
+        if not self.sampling.stop and self.on_token is None and self.eos_id not in ids:
+            return False
+        for row, token in zip(self.alive, ids, strict=True):
+            if self.done[row]:
+                continue
+            if self.on_token is not None:
+                self.on_token(self.names[row], token)
+            reason = self.reason(row, token, step)
+            if reason:
+                self.done[row], self.reasons[row], self.lengths[row] = True, reason, step + 1
+        return all(self.done)
+
+    def reason(self, row: int, token: int, step: int) -> str | None:
+        """Why the row ends with this token, if it does."""
+        if token == self.eos_id and step >= self.sampling.min_new_tokens:
+            return "eos"
+        if self.sampling.stop:
+            assert self.decode is not None
+            recent = self.texts[row]
+            recent.append(token)
+            del recent[: -self.tail]
+            if step + 1 < self.sampling.min_new_tokens:
+                return None
+            text = self.decode(recent)
+            before = len(self.decode(recent[:-1])) if self.sampling.min_new_tokens else 0
+            # a stop text that came too early to count is still in the tail: it must end within this token
+            if any(s in text and text.rfind(s) + len(s) > before for s in self.sampling.stop):
+                return "stop"
+        return None
+
+    def compact(self, tokens: Tensor) -> Tensor:
+        """Drop finished rows once they are half of the batch; the others' tokens."""
+        finished = sum(self.done[row] for row in self.alive)
+        if finished * 2 < len(self.alive) or not finished:
+            return tokens
+        kept = [place for place, row in enumerate(self.alive) if not self.done[row]]
+        self.alive = [self.alive[place] for place in kept]
+        rows = torch.tensor(kept, device=self.device)
+        self.cache.select(rows)
+        self.index, self.uniforms = self.index[rows], self.uniforms[rows]
+        self.positions = None if self.positions is None else self.positions[rows]
+        self.seen = None if self.seen is None else self.seen[rows]
+        return tokens[rows]
+
+    def results(self) -> list[_Row]:
+        """Completion, log-probabilities and finish reason of each row."""
+        tokens, logps = self.tokens.t().cpu(), self.logps.t().cpu()
+        return [
+            (tokens[row, :n].clone(), logps[row, :n].clone(), reason)
+            for row, (n, reason) in enumerate(zip(self.lengths, self.reasons, strict=True))
+        ]

@@ -1,0 +1,138 @@
+"""The training dataloader of objectives that sample: one epoch is one collection, served as shuffled minibatches.
+
+Collecting is lazy: it happens when the first minibatch of an epoch is asked for, by which time the last step of the
+epoch before has been taken. Order and shuffling come from counters, so the state is the number of the collection, the
+position in it and the collection itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_palm.rollout.collector import RolloutConfig
+from lit_palm.types import Experience
+
+__all__ = ["RolloutLoader"]
+
+
+class RolloutLoader:
+    """Serves minibatches of collections.
+
+    Args:
+        collect: collect(k) gives the k-th collection of all ranks, prepared, on the CPU.
+        config: sizes and seed.
+        num_rows: rows that a collection has after `prepare`.
+        grouped: rows of a group stay in one minibatch.
+        rank: this process's number.
+        world_size: number of processes; each gets its share of every minibatch.
+
+    Raises:
+        ValueError: the sizes do not divide.
+    """
+
+    def __init__(
+        self,
+        collect: Callable[[int], Experience],
+        config: RolloutConfig,
+        num_rows: int,
+        grouped: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        size = config.minibatch_size
+        if num_rows % size:
+            raise ValueError(
+                f"a collection has {num_rows} rows, which rollout.minibatch_size {size} does not divide: choose one "
+                "that does"
+            )
+        unit = config.completions_per_prompt if grouped else 1
+        if size % (world_size * unit):
+            raise ValueError(
+                f"rollout.minibatch_size {size} must be a multiple of {world_size} processes"
+                + (f" times {unit} completions a prompt" if grouped else "")
+            )
+        self.collect, self.config, self.num_rows, self.grouped = collect, config, num_rows, grouped
+        self.rank, self.world_size = rank, world_size
+        self.collection = 0
+        self.position = 0
+        self.buffer: Experience | None = None
+        self.stopped = False
+
+    def __len__(self) -> int:
+        return self.config.passes * (self.num_rows // self.config.minibatch_size)
+
+    def __iter__(self) -> Iterator[Experience]:
+        # A generator: nothing happens before the first minibatch is asked for. Lightning calls iter() twice at set-up.
+        if self.stopped:  # restored right after an early stop: this epoch is over
+            self.finish()
+            return
+        if self.position >= len(self):  # Lightning counts to the length and never asks for one more
+            self.finish()
+        if self.buffer is None:
+            self.buffer = self.collect(self.collection)
+        while self.position < len(self) and not self.stopped:
+            batch = self.minibatch(self.position)
+            self.position += 1
+            yield batch
+        self.finish()
+
+    def minibatch(self, position: int) -> Experience:
+        """This rank's rows of the minibatch at a position."""
+        assert self.buffer is not None
+        number, index = divmod(position, self.num_rows // self.config.minibatch_size)
+        mixed = (self.config.seed * 1_000_003 + self.collection) * 1_000_003 + number
+        generator = torch.Generator().manual_seed(mixed % (2**63))
+        units = self._units()
+        order = units[torch.randperm(len(units), generator=generator)]
+        count = self.config.minibatch_size // units.shape[1]
+        rows = order[index * count : (index + 1) * count][self.rank :: self.world_size].flatten()
+        return self.buffer.select(rows)
+
+    def _units(self) -> Tensor:
+        """Row numbers [U, n] that travel together."""
+        assert self.buffer is not None
+        rows = torch.arange(self.num_rows)
+        if not self.grouped:
+            return rows[:, None]
+        order = self.buffer["group"].argsort(stable=True)
+        return rows[order].view(-1, self.config.completions_per_prompt)
+
+    def stop(self) -> None:
+        """Leave the rest of this collection unused."""
+        self.stopped = True
+
+    def finish(self) -> None:
+        """Drop the collection under way, if any, and count it."""
+        if self.buffer is not None or self.stopped:
+            self.collection += 1
+        self.buffer, self.position, self.stopped = None, 0, False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: Lightning would restore it too late. The data module keeps `snapshot` instead."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `state_dict`."""
+
+    def snapshot(self, in_flight: int = 0) -> dict[str, Any]:
+        """Collection, position and contents, as plain numbers and tensors.
+
+        Args:
+            in_flight: minibatches served but not yet trained on (an exception may be saving).
+        """
+        state = {"collection": self.collection, "position": self.position - in_flight, "buffer": None, "stopped": False}
+        if self.stopped:
+            return state | {"stopped": True}
+        if self.buffer is None or state["position"] >= len(self):
+            return state | {"collection": self.collection + (self.buffer is not None), "position": 0}
+        return state | {"buffer": {k: v for k, v in self.buffer.items() if isinstance(v, Tensor)}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a snapshot."""
+        self.collection, self.position = int(state["collection"]), int(state["position"])
+        self.buffer = Experience(state["buffer"]) if state["buffer"] is not None else None
+        self.stopped = bool(state["stopped"])
