@@ -11,6 +11,7 @@ the order given, and flags. A checkpoint never overrides any of them: it brings 
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -40,14 +41,25 @@ def _quiet() -> None:
         ".*in eval mode at the start of training.*",
     ):
         warnings.filterwarnings("ignore", message)
+    for name in (
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.fabric.utilities.rank_zero",
+        "lightning_utilities.core.rank_zero",
+        "lightning.pytorch.trainer.connectors.checkpoint_connector",
+    ):
+        logging.getLogger(name).addFilter(_advice)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _advice(record: logging.LogRecord) -> bool:
+    return not any(text in record.getMessage() for text in ("Tip: For seamless", "`weights_only` was not set"))
 
 
 def build_cli() -> type[Any]:
     """The CLI class; a function, because importing Lightning takes seconds that `lit-palm plugins` need not pay."""
     from jsonargparse import set_parsing_settings
-    from lightning.pytorch import LightningDataModule
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
     import lit_palm.callbacks as callbacks
     import lit_palm.data
@@ -61,6 +73,13 @@ def build_cli() -> type[Any]:
             extra = plugins.explain(message)
             super().error(f"{message}\n{extra}" if extra else message, ex)
 
+    class SaveConfig(SaveConfigCallback):
+        """Keeps the whole configuration beside a run's logs; runs without a logger leave nothing behind."""
+
+        def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+            if trainer.logger is not None and stage == "fit":
+                super().setup(trainer, pl_module, stage)
+
     class LitPalmCLI(LightningCLI):
         """LightningCLI whose YAML and flags win over a checkpoint, with the callbacks every run needs."""
 
@@ -71,6 +90,7 @@ def build_cli() -> type[Any]:
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 seed_everything_default=0,
+                save_config_callback=SaveConfig,
                 save_config_kwargs={"overwrite": True},
                 parser_class=Parser,
                 parser_kwargs={"default_env": True, "env_prefix": "LIT_PALM"},
@@ -97,6 +117,9 @@ def build_cli() -> type[Any]:
             kwargs = super()._prepare_subcommand_kwargs(subcommand)
             if "weights_only" in kwargs and kwargs["weights_only"] is None:
                 kwargs["weights_only"] = True
+            path = kwargs.get("ckpt_path")
+            if path and path not in ("best", "last", "hpc", "registry") and "://" not in path and not os.path.exists(path):
+                raise ValueError(f"--ckpt_path {path}: there is no such checkpoint")
             if subcommand == "predict":
                 kwargs["return_predictions"] = False
             return kwargs

@@ -112,10 +112,12 @@ class Adafactor(Optimizer):
         return loss
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        if parameter.grad.is_sparse:  # type: ignore[union-attr]
+        grad = parameter.grad
+        assert grad is not None
+        if grad.is_sparse:
             raise ValueError("Adafactor needs dense gradients: make the embedding with sparse=False")
         low = parameter.dtype in (torch.float16, torch.bfloat16)
-        grad = parameter.grad.float() if low else parameter.grad  # type: ignore[union-attr]
+        grad = grad.float() if low else grad
         value = parameter.float() if low else parameter
         state = self.state[parameter]
         if not state:

@@ -1,6 +1,7 @@
 """Callbacks, one concern each: samples as text, throughput, the learning rate, the progress bar, results as files."""
 
 from lit_palm.callbacks.files import MetricsFile, PredictionWriter
+from lit_palm.callbacks.last_checkpoint import LastCheckpoint
 from lit_palm.callbacks.learning_rate import LearningRate
 from lit_palm.callbacks.progress import ProgressBar
 from lit_palm.callbacks.samples import SampleLogger
@@ -9,6 +10,7 @@ from lit_palm.callbacks.throughput import Throughput
 __all__ = [
     "DEFAULTS",
     "NEED_LOGGER",
+    "LastCheckpoint",
     "LearningRate",
     "MetricsFile",
     "PredictionWriter",

@@ -40,9 +40,9 @@ class SampleLogger(Callback):
             return
         text = format_samples(samples[: self.num_samples])
         for logger in trainer.loggers:
-            experiment = getattr(logger, "experiment", None)
-            if hasattr(experiment, "add_text"):
-                experiment.add_text(self.tag, text, global_step=trainer.global_step)
+            add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
+            if add_text is not None:
+                add_text(self.tag, text, global_step=trainer.global_step)
 
 
 def format_samples(samples: Sequence[Mapping[str, Any]]) -> str:

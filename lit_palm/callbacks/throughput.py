@@ -81,10 +81,9 @@ class Throughput(Callback):
         """Add what all ranks have seen since the last call to `num_tokens`; every rank must call it."""
         seen: int | Tensor = getattr(pl_module, "num_tokens_seen", 0)
         fresh = torch.as_tensor(seen, dtype=torch.long, device=pl_module.device) - self._counted
-        self._counted += int(fresh)
-        if trainer.world_size > 1:
-            fresh = trainer.strategy.reduce(fresh, reduce_op="sum")  # type: ignore[assignment]
-        self.num_tokens += int(fresh)
+        own = int(fresh)
+        self._counted += own
+        self.num_tokens += own if trainer.world_size == 1 else int(trainer.strategy.reduce(fresh, reduce_op="sum"))
 
     def state_dict(self) -> dict[str, Any]:
         """Tokens seen by all ranks since the first step of the first run."""

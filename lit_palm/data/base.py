@@ -94,10 +94,7 @@ class TokenizedData(LightningDataModule, ABC):
             raise ValueError(f"data.validation_fraction is {validation_fraction}; it must be in [0, 1)")
         if validation_fraction and (validation or validation_split):
             raise ValueError("data.validation_fraction splits the training data: leave it out, or data.validation")
-        counts = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "limit": limit, "eval_limit": eval_limit}
-        for name, value in counts.items():
-            if value is not None and value < 1:
-                raise ValueError(f"data.{name} is {value}; it must be at least 1")
+        _at_least_one(batch_size=batch_size, eval_batch_size=eval_batch_size, limit=limit, eval_limit=eval_limit)
         shared = train if validation_split or validation_fraction else None
         self.sources: dict[Stage, tuple[str | None, str]] = {
             "train": (train, train_split),
@@ -266,8 +263,8 @@ class TokenizedData(LightningDataModule, ABC):
                 found = True
                 yield sample
         if not found:
-            why = f"data.validation_fraction={self.validation_fraction} leaves none" if self._from_train(stage) else "none"
-            raise ValueError(f"{source}: no usable row for {stage} ({why})")
+            why = f" (data.validation_fraction is {self.validation_fraction})" if self._from_train(stage) else ""
+            raise ValueError(f"{source}: there is no usable row for {stage}{why}")
 
     def _key(self, stage: Stage) -> dict[str, Any]:
         source, split, limit = self._source(stage)
@@ -305,7 +302,7 @@ class TokenizedData(LightningDataModule, ABC):
         """An untrained tokenizer, trained on the training texts or found in the cache."""
         assert isinstance(tokenizer, BPETokenizer)
         if self.sources["train"][0] is None:
-            raise ValueError("data.tokenizer is not trained, and there is no data.train to train it on; load one instead")
+            raise ValueError("data.tokenizer is not trained, and without data.train it cannot be; load a trained one")
 
         def build(writer: ColumnWriter) -> None:
             tokenizer.train(text for sample in self._samples("train") for text in self.texts(sample))
@@ -314,6 +311,12 @@ class TokenizedData(LightningDataModule, ABC):
         key = {**self._key("train"), "bpe": tokenizer.vocab_size}
         entry = cached(cache_folder(self.cache_dir), key, build, f"tokenizer ({self.sources['train'][0]})")
         return tokenizer_from_dict({**entry.records[0], "chat_template": tokenizer.chat_template})
+
+
+def _at_least_one(**values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise ValueError(f"data.{name} is {value}; it must be at least 1")
 
 
 def _unit_hash(text: str) -> float:

@@ -114,25 +114,29 @@ class PromptData(TokenizedData):
 
     def train_dataloader(self) -> Any:
         """The policy's rollout loader."""
-        module = self.trainer.lightning_module if self.trainer is not None else None
+        module = self._module
         if not hasattr(module, "rollout_loader"):
             raise ValueError(
                 "prompts are for training a policy, and this LightningModule makes no rollouts; train LitPolicy, or use"
                 " DemonstrationData"
             )
-        self._rollouts = module.rollout_loader(self)
+        self._rollouts = module.rollout_loader(self.prompts("train"))
         if self._rollout_state:
-            self._rollouts.load_state_dict(self._rollout_state)
+            self._rollouts.restore(self._rollout_state)
             self._rollout_state = {}
         return self._rollouts
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rollouts": self._rollout_state if self._rollouts is None else self._rollouts.state_dict()}
+        if self._rollouts is None:
+            return {"rollouts": self._rollout_state}
+        # a minibatch that an exception interrupted was served, but not trained on
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return {"rollouts": self._rollouts.snapshot(in_flight=int(progress.ready > progress.processed))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._rollout_state = state_dict["rollouts"]
         if self._rollouts is not None and self._rollout_state:
-            self._rollouts.load_state_dict(self._rollout_state)
+            self._rollouts.restore(self._rollout_state)
             self._rollout_state = {}
 
     def arguments(self) -> dict[str, Any]:

@@ -207,7 +207,8 @@ def _lines(name: str) -> Iterator[tuple[int, str]]:
 
 def _from_csv(name: str, suffix: str) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader((line for _, line in _lines(name)), delimiter="\t" if suffix == ".tsv" else ",", strict=True)
+    delimiter = "\t" if suffix == ".tsv" else ","
+    reader = csv.DictReader((line for _, line in _lines(name)), delimiter=delimiter, strict=True)
     while True:
         try:
             columns = next(reader, None)

@@ -80,7 +80,7 @@ class Rendered(NamedTuple):
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}`: marks what the assistant wrote with noncharacters that `render` takes out again."""
 
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+    tags = {"generation"}
 
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno

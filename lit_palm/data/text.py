@@ -2,9 +2,9 @@
 
     data = TextData(train="reviews.jsonl", batch_size=16, sequence_length=256, tokenizer=BPETokenizer(2048))
 
-Each row of the source is a document: its `text` column (or `tokens`, a list of ids without BOS and EOS, where
-the text was tokenised before). A document is BOS (if the tokenizer has one), its ids, EOS. Windows hold whole documents; what does not fit
-into a window is split, and a token is never cut from the loss (packing.py says how).
+Each row of the source is a document: its `text` column (or `tokens`, a list of ids without BOS and EOS, where the text
+was tokenised before). A document is BOS (if the tokenizer has one), its ids, EOS. Windows hold whole documents; what
+does not fit into a window is split, and a token is never cut from the loss (packing.py says how).
 """
 
 from __future__ import annotations
@@ -102,10 +102,11 @@ class TextData(TokenizedData):
 
 def _checked(sample: _Document, tokenizer: Tokenizer) -> list[int]:
     tokens = sample.tokens or []
-    for token in tokens:
-        if not isinstance(token, int) or not 0 <= token < tokenizer.vocab_size:
-            raise ValueError(
-                f"{sample.where}: the token id {token!r} is outside the vocabulary of {tokenizer.vocab_size} ids; the"
-                " file was tokenised with another tokenizer"
-            )
+    size = tokenizer.vocab_size
+    wrong = next((t for t in tokens if not isinstance(t, int) or not 0 <= t < size), None)
+    if wrong is not None:
+        raise ValueError(
+            f"{sample.where}: the token id {wrong!r} is outside the vocabulary of {size} ids; the file was tokenised"
+            " with another tokenizer"
+        )
     return tokens

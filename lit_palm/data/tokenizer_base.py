@@ -39,7 +39,7 @@ class Tokenizer(ABC):
         vocab_size: number of ids; every id is below it.
         pad_id: fills rows up; batches carry explicit masks, so nothing is ever recognised as padding by this id.
         eos_id: ends a document, a completion, an assistant's turn.
-        bos_id: begins every document and prompt, so that text can be generated from an empty prompt; None: there is none.
+        bos_id: begins every document and prompt, so that text can be generated from an empty one; None: there is none.
         chat_template: Jinja text that turns messages into one string.
     """
 

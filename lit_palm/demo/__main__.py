@@ -1,4 +1,4 @@
-"""The verbs of the demo: `python -m lit_palm.demo data|judge|control|report|addition`, each with --help."""
+"""The verbs of the demo: `python -m lit_palm.demo run|data|judge|control|report|addition`, each with --help."""
 
 from __future__ import annotations
 
@@ -66,6 +66,13 @@ def run_addition(args: argparse.Namespace) -> None:
         print(f"  {args.output / name}: {rows} rows")
 
 
+def run_recipe(args: argparse.Namespace) -> int:
+    """Run a recipe from beginning to end, printing each command."""
+    from lit_palm.demo.run import run
+
+    return run(args.recipe, args.seed, args.folder, args.fast)
+
+
 def named_path(text: str) -> tuple[str, Path]:
     """NAME=FILE as a pair."""
     name, separator, path = text.partition("=")
@@ -78,6 +85,13 @@ def parser() -> argparse.ArgumentParser:
     """All verbs with their arguments."""
     top = argparse.ArgumentParser(prog="python -m lit_palm.demo", description="Data and measurements of the demo.")
     verbs = top.add_subparsers(dest="verb", required=True)
+
+    whole = verbs.add_parser("run", help=run_recipe.__doc__, description=run_recipe.__doc__)
+    whole.add_argument("--recipe", choices=("ratings", "addition"), default="ratings", help="(%(default)s)")
+    whole.add_argument("--seed", type=int, default=0, help="of every stage (%(default)s)")
+    whole.add_argument("--folder", help="where to write, instead of runs/demo or runs/addition")
+    whole.add_argument("--fast", action="store_true", help="a few steps of everything: that it runs, not that it works")
+    whole.set_defaults(run=run_recipe)
 
     data = verbs.add_parser("data", help=run_data.__doc__, description=run_data.__doc__)
     data.add_argument("--output", type=Path, default=DATA, help="folder to write to (%(default)s)")

@@ -223,7 +223,7 @@ def build_report(
         "language_model": {key: metrics.get(key) for key in ("pretrain", "finetune")},
         "reward_model": {"reward model": metrics.get("reward"), **(baselines or {})},
         "systems": figures,
-        "examples": pick_examples(systems, score),
+        "examples": pick_examples({k: v for k, v in systems.items() if k != "control"}, score),
         "checks": checks,
         "passed": all(item["passed"] for item in checks),
     }

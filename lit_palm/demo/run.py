@@ -158,6 +158,10 @@ def overrides(command: Command, seed: int, fast: bool) -> Command:
         if command[1] == "fit":
             ppo = any("ppo" in a for a in command)
             extra += ["--trainer.max_epochs=2" if ppo else "--trainer.max_epochs=1", "--trainer.limit_train_batches=8"]
-            extra += ["--trainer.max_steps=-1", "--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=1.0"]
+            extra += [
+                "--trainer.max_steps=-1",
+                "--trainer.check_val_every_n_epoch=1",
+                "--trainer.val_check_interval=1.0",
+            ]
         extra += [f"--trainer.limit_{s}_batches=2" for s in ("val", "test")]
     return extra

@@ -23,8 +23,8 @@ def render(report: Mapping[str, Any]) -> str:
         _title("Targets"),
         _columns([_target(item) for item in report["checks"]]),
     ]
-    missed = sum(not item["passed"] for item in report["checks"])
-    parts.append(f"\nAll {len(report['checks'])} targets met." if not missed else f"\n{missed} targets missed.")
+    met = sum(item["passed"] for item in report["checks"])
+    parts.append(f"\n{met} of {len(report['checks'])} targets met.")
     return "\n".join(parts)
 
 

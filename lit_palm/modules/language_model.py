@@ -69,6 +69,11 @@ class LitLanguageModel(LitModule):
         self.engine: Engine = CachedEngine()
         self._num_bytes: Tensor | None = None
 
+    @property
+    def stage_name(self) -> str:
+        """What the progress bar calls this stage."""
+        return "fine-tuning" if isinstance(self.network, str) else "pre-training"
+
     def build_networks(self) -> dict[str, nn.Module]:
         return {"policy": self.build_network()}
 

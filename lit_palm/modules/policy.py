@@ -100,6 +100,11 @@ class LitPolicy(LitModule):
 
     # ------------------------------------------------------------------ networks
 
+    @property
+    def stage_name(self) -> str:
+        """What the progress bar calls this stage."""
+        return type(self.objective).__name__
+
     def build_networks(self) -> dict[str, nn.Module]:
         policy = self.build_network()
         networks: dict[str, nn.Module] = {"policy": policy}

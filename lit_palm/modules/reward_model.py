@@ -60,6 +60,11 @@ class LitRewardModel(LitModule):
         self.calibrate = calibrate
         self._moments = RunningMoments()
 
+    @property
+    def stage_name(self) -> str:
+        """What the progress bar calls this stage."""
+        return "reward model"
+
     def build_networks(self) -> dict[str, nn.Module]:
         if isinstance(self.network, str) and "reward" in read_checkpoint(self.network).header["networks"]:
             return {"reward": load_network(self.network, "reward")}

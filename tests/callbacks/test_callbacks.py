@@ -194,6 +194,21 @@ def test_tokens_are_not_counted_twice_when_the_module_restores_its_own(make_trai
     assert second.num_tokens == 6 * TOKENS_A_BATCH
 
 
+class OneGroup(BoringModule):
+    """Nothing of it is left without a gradient, which data parallelism would complain about."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_tokens_of_all_ranks_are_counted(make_trainer, tmp_path) -> None:
+    logger = CSVLogger(tmp_path, name="", version="")
+    throughput = Throughput(peak_flops=1e9)
+    flags = {"devices": 2, "strategy": "ddp_spawn", "log_every_n_steps": 2, "limit_val_batches": 0}
+    make_trainer(logger=logger, callbacks=[throughput], **flags).fit(OneGroup())
+    assert logged(tmp_path, "num_tokens") == {1: 2 * 2 * TOKENS_A_BATCH, 3: 2 * 4 * TOKENS_A_BATCH}
+
+
 def test_peak_is_measured_when_it_is_not_given(make_trainer) -> None:
     throughput = Throughput()
     make_trainer(callbacks=[throughput], max_steps=1).fit(BoringModule())

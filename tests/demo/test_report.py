@@ -153,6 +153,7 @@ def test_all_targets_met(samples: dict[str, list[dict[str, Any]]]) -> None:
     assert report["systems"]["ppo"]["gain_low"] == 1.0
     assert report["systems"]["control"]["gain"] == 0.0
     assert "gain" not in report["systems"]["start"]
+    assert all(set(example) == {"prompt", "start", "ppo"} for example in report["examples"])
     json.dumps(report, allow_nan=False)
 
 
@@ -213,7 +214,7 @@ def test_table(samples: dict[str, list[dict[str, Any]]]) -> None:
     [header] = [line for line in lines if "95% interval" in line]
     [ppo] = [line for line in lines if line.startswith("  ppo  ") and "%" in line]
     assert ppo.index("+1.00 to +1.00") + 14 == header.index("95% interval") + 12  # right-aligned
-    assert "targets missed" in lines[-1]
+    assert lines[-1] == "6 of 9 targets met."  # fine-tuning, reward model and distinct-2 are not
 
 
 def test_report_command(

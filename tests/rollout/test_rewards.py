@@ -114,9 +114,7 @@ def test_function_may_name_only_what_it_wants() -> None:
         return [bonus + (c == a) for c, a in zip(completions, answer, strict=True)]
 
     assert PythonReward(equal)(make_batch(answer=["completion 0", "x", "x"], other=[0, 0, 0])) == [1.5, 0.5, 0.5]
-    with pytest.raises(
-        ValueError, match="'equal' raised ValueError: its function needs answer; the data offers"
-    ):
+    with pytest.raises(ValueError, match="'equal' raised ValueError: its function needs answer; the data offers"):
         total_reward([PythonReward(equal)], make_batch(other=[0, 0, 0]))
     with pytest.raises(ValueError, match="a column 'prompts'"):
         PythonReward(length_reward)(make_batch(prompts=["a", "b", "c"]))
