@@ -64,7 +64,7 @@ def build_cli() -> type[Any]:
     import lit_palm.callbacks as callbacks
     import lit_palm.data
     import lit_palm.modules
-    import lit_palm.optim  # noqa: F401  (short names of optimisers and schedules)
+    import lit_palm.optim
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -138,9 +138,7 @@ def run(argv: Sequence[str]) -> int:
     verb = next((a for a in argv if not a.startswith("-")), "")
     if argv and argv[0] in EXTRA_VERBS:
         if verb == "plugins":
-            from lit_palm import plugins_cli
-
-            return plugins_cli.main(argv[1:])
+            return plugins.main(argv[1:])
         from lit_palm import generate
 
         return generate.main(argv[1:]) if verb == "generate" else generate.export_main(argv[1:])

@@ -76,7 +76,7 @@ def _stream(tokenizer: Any) -> Callable[[int, int], None]:
 
 def main(argv: Sequence[str]) -> int:
     """Run `lit-palm generate`."""
-    from lit_palm.data.templates import render
+    from lit_palm.data.templates import encode_chat
     from lit_palm.models.base import Network
     from lit_palm.modules.checkpoint import load_checkpoint_tokenizer, load_network
     from lit_palm.rollout.engine import CachedEngine
@@ -92,11 +92,13 @@ def main(argv: Sequence[str]) -> int:
     network = load_network(args.checkpoint)
     assert isinstance(network, Network)
     device = torch.accelerator.current_accelerator()
-    network.to(device if device is not None else "cpu").eval()
+    if device is not None:
+        network.to(device)
 
     def encode(prompt: str) -> torch.Tensor:
         if args.chat:
-            return torch.tensor(render([{"role": "user", "content": prompt}], tokenizer, add_generation_prompt=True))
+            messages = [{"role": "user", "content": prompt}]
+            return torch.tensor(encode_chat(tokenizer, messages, add_generation_prompt=True)[0])
         return torch.tensor(tokenizer.prefix + tokenizer.encode(prompt), dtype=torch.long)
 
     engine = CachedEngine()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -27,20 +29,52 @@ class LastCheckpoint(Checkpoint):
             raise ValueError(f"every_n_steps must be at least 1 or null, got {every_n_steps}")
         self.dirpath, self.every_n_steps = dirpath, every_n_steps
         self._saved = -1
+        self._stale = False
 
     def _save(self, trainer: Trainer) -> None:
-        if trainer.global_step != self._saved and not getattr(trainer, "fast_dev_run", False):
-            self._saved = trainer.global_step
-            trainer.save_checkpoint(os.path.join(self.dirpath, "last.ckpt"))
+        if getattr(trainer, "fast_dev_run", False):
+            return
+        self._saved, self._stale = trainer.global_step, False
+        path = os.path.join(self.dirpath, "last.ckpt")
+        if "://" in path:
+            trainer.save_checkpoint(path)
+            return
+        # beside its place, where renaming is one step: the system's folder for temporary files may be another disk
+        new = Path(self.dirpath) / ".last.ckpt.new"
+        trainer.save_checkpoint(new)
+        if trainer.is_global_zero:
+            _replace(new, Path(path))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._saved = trainer.global_step
+        self._saved, self._stale = trainer.global_step, False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stale = not trainer.sanity_checking  # it may have calibrated a reward model
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.every_n_steps and trainer.global_step and trainer.global_step % self.every_n_steps == 0:
+        self._stale = True
+        step = trainer.global_step
+        if self.every_n_steps and step and step % self.every_n_steps == 0 and step != self._saved:
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save(trainer)
+        if self._stale:
+            self._save(trainer)
+
+
+def _replace(new: Path, path: Path) -> None:
+    """Put a checkpoint in its place; of a folder of shards the one before is moved aside first."""
+    if not new.is_dir() and not path.is_dir():
+        os.replace(new, path)
+        return
+    old = path.with_name(".last.ckpt.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    if old.is_dir():
+        shutil.rmtree(old)
+    else:
+        old.unlink(missing_ok=True)

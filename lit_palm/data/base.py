@@ -26,6 +26,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_palm.data.cache import Columns, ColumnWriter, cache_folder, cached
+from lit_palm.data.position import position
 from lit_palm.data.sampler import CountedLoader
 from lit_palm.data.sources import Row, has_splits, read_rows, source_fingerprint
 from lit_palm.data.tokenizers import BPETokenizer, Tokenizer, choose_tokenizer, tokenizer_from_dict
@@ -62,6 +63,8 @@ class TokenizedData(LightningDataModule, ABC):
         eval_batch_size: the same for validation, test and prediction; None: as in training.
         tokenizer: a tokenizer, or a name or path for `load_tokenizer`; None takes the network's.
         shuffle: a new order of the training data each epoch.
+        length_window: training batches whose elements are sorted by length together, so that a batch holds rows of
+            similar length and little padding; 1 leaves the plain shuffle. Packed rows are all of one length.
         seed: chooses the orders.
         cache_dir: where tokenised data is kept; None: $LIT_PALM_CACHE, else ~/.cache/lit_palm.
 
@@ -86,6 +89,7 @@ class TokenizedData(LightningDataModule, ABC):
         eval_batch_size: int | None = None,
         tokenizer: Tokenizer | str | None = None,
         shuffle: bool = True,
+        length_window: int = 1,
         seed: int = 0,
         cache_dir: str | None = None,
     ) -> None:
@@ -108,6 +112,7 @@ class TokenizedData(LightningDataModule, ABC):
         self.tokenizer: Any = tokenizer
         """The tokenizer: as given until `setup`, a ready `Tokenizer` afterwards."""
         self.shuffle = shuffle
+        self.length_window = length_window
         self.seed = seed
         self.cache_dir = cache_dir
         self._given_tokenizer = tokenizer
@@ -166,7 +171,8 @@ class TokenizedData(LightningDataModule, ABC):
 
     def train_dataloader(self) -> Any:
         shuffle = self.shuffle and not getattr(self.trainer, "overfit_batches", 0)
-        return self.loader("train", self.batch_size, shuffle=shuffle, **self._position)
+        window = {"lengths": self._elements["train"].element_lengths, "length_window": self.length_window}
+        return self.loader("train", self.batch_size, shuffle=shuffle, **window, **self._position)
 
     def val_dataloader(self) -> Any:
         return self.loader("validation", self.eval_batch_size) if "validation" in self._elements else []
@@ -184,13 +190,9 @@ class TokenizedData(LightningDataModule, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the training data: the epoch, and the batches of it that were trained on."""
-        loop: Any = self.trainer.fit_loop if self.trainer is not None else None
-        if loop is not None and loop.epoch_progress.total.ready:
-            epoch = loop.epoch_progress.current
-            # an epoch counts as processed before the hooks of its end, where checkpoints are saved; a batch that an
-            # exception interrupted does not, so it is served again
-            batch = 0 if epoch.processed == epoch.ready else loop.epoch_loop.batch_progress.current.processed
-            self._position = {"epoch": epoch.processed, "batch": batch}
+        where = position(self.trainer) if self.trainer is not None else None
+        if where is not None:
+            self._position = {"epoch": where.epoch, "batch": where.batch}
         size = len(self._elements["train"]) if "train" in self._elements else 0
         return {**self._position, "elements": size, "batch_size": self.batch_size * self._ranks()[1]}
 

@@ -14,7 +14,17 @@ from lit_palm.data.sources import Row, column
 from lit_palm.data.templates import Message, check_messages, encode_chat
 from lit_palm.data.tokenizers import Tokenizer
 
-__all__ = ["Conversation", "Encoded", "Turn", "as_messages", "encode", "encode_prompts", "turn", "turn_texts"]
+__all__ = [
+    "Conversation",
+    "Encoded",
+    "Turn",
+    "as_messages",
+    "encode",
+    "encode_prompts",
+    "split_key",
+    "turn",
+    "turn_texts",
+]
 
 Turn = str | list[Message]
 
@@ -55,6 +65,16 @@ def turn_texts(value: Turn) -> list[str]:
     if isinstance(value, str):
         return [value]
     return [m["content"] for m in value if isinstance(m["content"], str)]
+
+
+def split_key(prompt: Turn, completion: Turn = "") -> str:
+    """What decides the side of `validation_fraction`: the prompt up to the assistant's first turn, or, where it is
+    empty, what follows it. (A system message alone would not do: it may be the same everywhere.)"""
+    value = prompt or completion
+    if isinstance(value, str):
+        return value
+    first = next((i for i, m in enumerate(value) if m["role"] == "assistant"), len(value))
+    return "\n".join(str(m["content"]) for m in value[: first or None])
 
 
 def as_messages(value: Turn, role: str) -> list[Message]:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_palm.data.base import TokenizedData
 from lit_palm.data.cache import Columns, ColumnWriter
-from lit_palm.data.conversations import Conversation, encode, turn, turn_texts
+from lit_palm.data.conversations import Conversation, encode, split_key, turn, turn_texts
 from lit_palm.data.packing import Windows
 from lit_palm.data.sources import Row
 from lit_palm.data.tokenizers import Tokenizer
@@ -72,8 +72,7 @@ class DemonstrationData(TokenizedData):
     def parse(self, rows: Iterator[Row]) -> Iterator[tuple[str, Conversation]]:
         for row in rows:
             conversation = _conversation(row)
-            prompt = conversation.prompt or conversation.completion
-            yield str(prompt if isinstance(prompt, str) else prompt[0]["content"]), conversation
+            yield split_key(conversation.prompt, conversation.completion), conversation
 
     def texts(self, sample: Conversation) -> Iterable[str]:
         return turn_texts(sample.prompt) + turn_texts(sample.completion)
@@ -133,6 +132,6 @@ def _conversation(row: Row) -> Conversation:
         if isinstance(messages, str) or not any(m["role"] == "assistant" for m in messages):
             raise ValueError(f"{row.where}: 'messages' has no message of the role 'assistant' to learn from")
         return Conversation([], messages, row.where)
-    if "text" in row.columns and "completion" not in row.columns:
+    if "text" in row.columns and not {"prompt", "completion"} & set(row.columns):
         return Conversation("", str(turn(row, "text")), row.where)
     return Conversation(turn(row, "prompt"), turn(row, "completion"), row.where)

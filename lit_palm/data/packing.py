@@ -112,6 +112,11 @@ class Windows:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    @property
+    def element_lengths(self) -> Ints | None:
+        """[rows] tokens of each row; None when rows are packed, and so all of one length."""
+        return np.asarray(self.lengths) if self.room is None else None
+
     def collate(self, rows: Ints, blank: bool = False) -> Experience:
         """A batch of rows.
 

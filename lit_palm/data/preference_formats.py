@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any, NamedTuple
 
-from lit_palm.data.conversations import Turn, as_messages, turn
+from lit_palm.data.conversations import Turn, as_messages, split_key, turn
 from lit_palm.data.sources import Row
 from lit_palm.data.templates import Message
 
@@ -84,10 +84,6 @@ def groups(rows: Iterator[Row]) -> Iterator[Group]:
         yield read(row)
 
 
-def _key(turns: Turn) -> str:
-    return turns if isinstance(turns, str) else str(turns[0]["content"] if turns else "")
-
-
 def _pair(row: Row, has_margin: bool) -> Group:
     chosen, rejected = turn(row, "chosen"), turn(row, "rejected")
     if type(chosen) is not type(rejected):
@@ -102,7 +98,7 @@ def _pair(row: Row, has_margin: bool) -> Group:
         prompt, chosen, rejected = _split_dialogues(row.where, chosen, rejected)
     margin = _number(row, "margin") if has_margin else None
     answers = [Answer(chosen, rank=0, margin=margin), Answer(rejected, rank=1, margin=margin)]
-    return Group(prompt, answers, _key(prompt) or _key(chosen), row.where)
+    return Group(prompt, answers, split_key(prompt, chosen), row.where)
 
 
 def _split_dialogues(where: str, chosen: Turn, rejected: Turn) -> tuple[Turn, Turn, Turn]:
@@ -145,14 +141,14 @@ def _ranking(row: Row) -> Group:
             raise ValueError(f"{row.where}: 'ranks' must be whole numbers, 0 for the best answer; one is {rank!r}")
     turns = [turn(Row(row.where, {"completions": answer}), "completions") for answer in answers]
     ranked = [Answer(t, rank=int(r)) for t, r in zip(turns, ranks, strict=True)]
-    return Group(prompt, ranked, _key(prompt) or _key(turns[0]), row.where)
+    return Group(prompt, ranked, split_key(prompt, turns[0]), row.where)
 
 
 def _rating(row: Row) -> Group:
     prompt: Turn = turn(row, "prompt") if row.columns.get("prompt") is not None else ""
     completion = turn(row, "text" if "text" in row.columns and "completion" not in row.columns else "completion")
     answer = Answer(completion, rating=_number(row, "rating"))
-    return Group(prompt, [answer], _key(prompt) or _key(completion), row.where)
+    return Group(prompt, [answer], split_key(prompt, completion), row.where)
 
 
 def _number(row: Row, name: str) -> float:

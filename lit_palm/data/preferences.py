@@ -49,6 +49,11 @@ class PreferenceRows:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    @property
+    def element_lengths(self) -> NDArray[np.int64]:
+        """[prompts] tokens of the longest answer, with its prompt."""
+        return np.maximum.reduceat(self.rows.lengths, self.offsets[:-1])
+
     def collate(self, elements: NDArray[np.int64], blank: bool = False) -> Experience:
         """A batch of prompts with all their answers.
 

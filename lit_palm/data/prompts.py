@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from lit_palm.data.base import Stage, TokenizedData
 from lit_palm.data.cache import Columns, ColumnWriter
-from lit_palm.data.conversations import Turn, encode_prompts, turn, turn_texts
+from lit_palm.data.conversations import Turn, encode_prompts, split_key, turn, turn_texts
+from lit_palm.data.position import position
 from lit_palm.data.sources import Row
 from lit_palm.data.tokenizers import Tokenizer
 
@@ -129,9 +130,12 @@ class PromptData(TokenizedData):
     def state_dict(self) -> dict[str, Any]:
         if self._rollouts is None:
             return {"rollouts": self._rollout_state}
-        # a minibatch that an exception interrupted was served, but not trained on
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        return {"rollouts": self._rollouts.snapshot(in_flight=int(progress.ready > progress.processed))}
+        where = position(self.trainer) if self.trainer is not None else None
+        if where is None or not where.begun:
+            return {"rollouts": self._rollouts.snapshot()}
+        # minibatches that were served, but are not in the weights: an exception or a step under way may be saving
+        in_flight = 0 if where.over else max(self._rollouts.position - where.batch, 0)
+        return {"rollouts": self._rollouts.snapshot(in_flight, over=where.over)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._rollout_state = state_dict["rollouts"]
@@ -147,8 +151,7 @@ class PromptData(TokenizedData):
             prompt = turn(row, "prompt") if "messages" not in row.columns or "prompt" in row.columns else _before(row)
             name = "prompt" if "prompt" in row.columns else "messages"
             columns = {k: v for k, v in row.columns.items() if k != name or not isinstance(prompt, str)}
-            text = prompt if isinstance(prompt, str) else str(prompt[0]["content"])
-            yield text, _Prompt(prompt, columns, row.where)
+            yield split_key(prompt), _Prompt(prompt, columns, row.where)
 
     def texts(self, sample: _Prompt) -> Iterable[str]:
         return turn_texts(sample.prompt)

@@ -62,6 +62,8 @@ class CountedLoader:
         ranks: returns (rank, number of processes), asked when an epoch is iterated.
         epoch: the epoch to begin with.
         batch: batches of that epoch that were already used.
+        lengths: [elements] length of each; with `length_window` above 1, a batch then holds elements of similar length.
+        length_window: batches whose shuffled elements are sorted by length together; their batches keep a random order.
     """
 
     def __init__(
@@ -75,6 +77,8 @@ class CountedLoader:
         ranks: Callable[[], tuple[int, int]] = lambda: (0, 1),
         epoch: int = 0,
         batch: int = 0,
+        lengths: NDArray[np.integer] | None = None,
+        length_window: int = 1,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
@@ -85,6 +89,7 @@ class CountedLoader:
         self.seed = seed
         self.ranks = ranks
         self.epoch = epoch
+        self.lengths, self.length_window = lengths, length_window
         self._resume = (epoch, batch)
 
     @property
@@ -96,6 +101,14 @@ class CountedLoader:
         """Choose the order of the next iteration."""
         self.epoch = epoch
 
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing, but Lightning shall know that this loader resumes: the data module keeps the position, because
+        Lightning restores a loader's own state in the middle of an epoch only."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `state_dict`."""
+
     def __len__(self) -> int:
         return -(-self.num_elements // (self.batch_size * self.ranks()[1]))
 
@@ -105,11 +118,28 @@ class CountedLoader:
         epoch, start = self.epoch, 0
         if epoch == self._resume[0]:
             start = self._resume[1]
-        order = permutation(self.num_elements, self.seed, epoch) if self.shuffle else np.arange(self.num_elements)
         rank, world = self.ranks()
+        order = self._order(epoch, self.batch_size * world)
         for batch in range(start, len(self)):
             together = order[batch * self.batch_size * world :][: self.batch_size * world]
             mine = np.array_split(together, world)[rank]
             yield self.collate(mine, False) if len(mine) else self.collate(together[:1], True)
         self._resume = (-1, 0)
         self.epoch = epoch + 1
+
+    def _order(self, epoch: int, together: int) -> NDArray[np.int64]:
+        """The elements of an epoch in the order in which batches of `together` elements are cut from them."""
+        if not self.shuffle:
+            return np.arange(self.num_elements)
+        order = permutation(self.num_elements, self.seed, epoch)
+        if self.lengths is None or self.length_window <= 1:
+            return order
+        windows = []
+        for start in range(0, len(order), together * self.length_window):
+            window = order[start : start + together * self.length_window]
+            window = window[np.argsort(self.lengths[window], kind="stable")]
+            full = len(window) // together
+            # the batches of a window come in a random order, so that the length does not rise and fall with time
+            shuffled = permutation(full, self.seed + start + 1, epoch)
+            windows += [window[: full * together].reshape(full, together)[shuffled].ravel(), window[full * together :]]
+        return np.concatenate(windows)

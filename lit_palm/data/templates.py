@@ -40,9 +40,9 @@ ROLE_TEMPLATE = """\
     {%- endif %}
     {{- '<' ~ message['role'] ~ '>' }}
     {%- if message['role'] == 'assistant' %}
-        {%- generation %}{{- message['content'] ~ eos_token }}{%- endgeneration %}
+        {%- generation %}{{- (message['content'] or '') ~ eos_token }}{%- endgeneration %}
     {%- else %}
-        {{- message['content'] }}
+        {{- message['content'] or '' }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
@@ -55,10 +55,10 @@ PLAIN_TEMPLATE = """\
 {%- for message in messages %}
     {{- message['role'] | capitalize ~ ':\\n' }}
     {%- if message['role'] == 'assistant' %}
-        {%- generation %}{{- message['content'] ~ eos_token }}{%- endgeneration %}
+        {%- generation %}{{- (message['content'] or '') ~ eos_token }}{%- endgeneration %}
         {{- '\\n' }}
     {%- else %}
-        {{- message['content'] ~ '\\n\\n' }}
+        {{- (message['content'] or '') ~ '\\n\\n' }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}

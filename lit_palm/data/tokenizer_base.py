@@ -203,5 +203,3 @@ class ByteTokenizer(Tokenizer):
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ByteTokenizer:
         return cls(chat_template=data["chat_template"])
-
-

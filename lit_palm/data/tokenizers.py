@@ -11,6 +11,7 @@ In YAML either form of `tokenizer:` works: a name or path for `load_tokenizer`, 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import fsspec
@@ -29,6 +30,9 @@ __all__ = [
     "load_tokenizer",
     "tokenizer_from_dict",
 ]
+
+
+_HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -51,7 +55,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         if path.endswith(".json"):
             return _from_json(name, fs, path)
         return _from_checkpoint(name, fs, path)
-    if "://" in name or path.endswith((".json", ".ckpt")):
+    if not _HUB_NAME.match(name) or path.endswith((".json", ".ckpt")):
         raise ValueError(f"there is no tokenizer at {name!r}: the file does not exist")
     return _loaded(HFTokenizer(name))
 
@@ -117,8 +121,11 @@ def _from_checkpoint(name: str, fs: Any, path: str) -> Tokenizer:
     import torch
 
     try:
-        with fs.open(path, "rb") as file:
-            header = torch.load(file, map_location="cpu", weights_only=True).get("lit_palm", {})
+        if "file" in fs.protocol:  # mapped: the weights are not read
+            header = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("lit_palm", {})
+        else:
+            with fs.open(path, "rb") as file:
+                header = torch.load(file, map_location="cpu", weights_only=True).get("lit_palm", {})
     except Exception as error:
         raise ValueError(f"{name!r} is not a checkpoint that can be read safely: {error}") from error
     if not header.get("tokenizer"):

@@ -33,6 +33,9 @@ class NetworkConfig(ABC):
 
     API_VERSION: ClassVar[int] = 1
 
+    CHANGEABLE: ClassVar[frozenset[str]] = frozenset()
+    """Fields that may differ between a checkpoint and the run that resumes it, because no weight depends on them."""
+
     vocab_size: int | None
     """Number of token ids; None takes it from the tokeniser."""
     max_length: int

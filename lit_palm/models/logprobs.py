@@ -5,8 +5,6 @@ vocabulary, one chunk of rows at a time, and gives log-probabilities, and entrop
 
     out = network(tokens_BT, head=TokenLogProbs(tokens_BT, loss_mask_BT))
     loss = -out["logps"].sum()
-
-Also here: `last_logits`, the head of a decoding step, and `thin_linear`, the matrix product both directions share.
 """
 
 from __future__ import annotations
@@ -18,26 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["TokenLogProbs", "last_logits", "thin_linear"]
-
-
-def thin_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., I] times weight [O, I] transposed: `F.linear`, computed the other way round where that is quicker.
-
-    On a CPU the float32 kernel for a handful of rows streams the weight several times; weight @ x.T reads it once
-    (measured 2.5 times as fast for 16 rows). Only without gradients, since the result's layout is transposed.
-    """
-    if x.is_cpu and x.dtype is torch.float32 and not torch.is_grad_enabled():
-        rows = x.numel() // x.shape[-1]
-        if 8 < rows < 48:
-            return (weight @ x.reshape(rows, -1).t()).t().view(*x.shape[:-1], -1)
-    return F.linear(x, weight)
-
-
-def last_logits(hidden: Tensor, weight: Tensor, logit_scale: float) -> Tensor:
-    """A head: the logits that follow each row's last token, [B, V] in float32 (or wider)."""
-    logits = thin_linear(hidden[:, -1] * logit_scale, weight)
-    return logits.contiguous() if logits.dtype is torch.float64 else logits.float().contiguous()
+__all__ = ["TokenLogProbs"]
 
 
 class TokenLogProbs:
@@ -112,15 +91,16 @@ class _ChunkedLogProbs(torch.autograd.Function):
         logps, entropies, norms, kept = [], [], [], None
         for h, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
             logits = F.linear(h, weight)
-            log_p = torch.log_softmax(logits, -1, dtype=wide)
-            logps.append(log_p.gather(1, target[:, None]).squeeze(1))
             if log_z:
                 norms.append(torch.logsumexp(logits.to(wide), -1))
+            log_p = torch.log_softmax(logits, -1, dtype=wide)
             del logits
-            if len(targets) <= chunk:
-                kept = log_p
+            logps.append(log_p.gather(1, target[:, None]).squeeze(1))
             if entropy:
                 entropies.append(-(log_p.exp().mul_(log_p)).sum(-1))
+            if len(targets) <= chunk:
+                kept = log_p
+            del log_p
         results = [torch.cat(part) for part in (logps, entropies, norms) if part]
         ctx.chunk, ctx.entropy, ctx.log_z = chunk, entropy, log_z
         ctx.save_for_backward(hidden, weight, targets, kept, results[1] if entropy else None)
@@ -136,9 +116,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
         on_p = -d_logp if not ctx.log_z else left.pop(0) - d_logp
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        # summed over chunks in float32 whatever the weight's dtype
-        grad_weight = weight.new_zeros(weight.shape, dtype=on_p.dtype) if need_weight else None
-        for start in range(0, len(targets), ctx.chunk):
+        grad_weight: Tensor | None = None
+        for start in range(0, max(1, len(targets)), ctx.chunk):
             part = slice(start, start + ctx.chunk)
             h = hidden[part]
             log_p = kept if kept is not None else torch.log_softmax(F.linear(h, weight), -1, dtype=on_p.dtype)
@@ -146,13 +125,23 @@ class _ChunkedLogProbs(torch.autograd.Function):
             if d_entropy is None:
                 d_logits.mul_(on_p[part, None])
             else:
-                factor = (log_p + entropies[part, None]).mul_(-d_entropy[part, None]).add_(on_p[part, None])
-                d_logits.mul_(factor)
+                # what was kept must survive another backward pass
+                factor = log_p + entropies[part, None] if kept is not None else log_p.add_(entropies[part, None])
+                d_logits.mul_(factor.mul_(-d_entropy[part, None]).add_(on_p[part, None]))
                 del factor
+            del log_p
             d_logits.scatter_add_(1, targets[part, None], d_logp[part, None])
             d_logits = d_logits.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(d_logits, weight, out=grad_hidden[part])
-            if grad_weight is not None:
-                grad_weight += d_logits.t() @ h
-        return grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+            if need_weight:
+                grad_weight = _add_product(grad_weight, d_logits.t(), h, on_p.dtype)
+            del d_logits
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + a @ b, in place and in `dtype`, since a sum over chunks in bfloat16 would lose most of the later ones."""
+    if total is None:
+        return (a @ b).to(dtype)
+    return total.addmm_(a, b) if a.dtype == dtype else total.add_(a @ b)

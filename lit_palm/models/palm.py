@@ -1,4 +1,4 @@
-"""PaLM (Chowdhery et al. 2022), the whole network in one file that reads top to bottom: configuration, cache, block, model.
+"""PaLM (Chowdhery et al. 2022), one file that reads top to bottom: configuration, cache, block, network.
 
 Every block is y = x + Attention(norm(x)) + SwiGLU(norm(x)): attention and feed-forward read the same bias-free
 LayerNorm, so that one matrix multiplication makes queries, keys, values and both halves of the feed-forward. All query
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lit_palm.models.base import Cache, Head, Network, NetworkConfig
-from lit_palm.models.logprobs import thin_linear
+from lit_palm.models.kernels import split_swiglu, thin_linear
 
 __all__ = ["PaLM", "PaLMCache", "PaLMConfig"]
 
@@ -37,6 +37,7 @@ class PaLMConfig(NetworkConfig):
     """A PaLM as plain data; `PaLMConfig.preset("8b")` and its like give the paper's sizes (its table 1)."""
 
     API_VERSION: ClassVar[int] = 1
+    CHANGEABLE: ClassVar[frozenset[str]] = frozenset({"dropout", "activation_checkpointing", "max_length"})
 
     vocab_size: int | None = None
     """Number of token ids; None takes it from the tokeniser."""
@@ -103,8 +104,6 @@ class PaLMConfig(NetworkConfig):
 
     def build(self) -> PaLM:
         """Make the network with freshly initialised weights; see `NetworkConfig.build`."""
-        if self.vocab_size is None:
-            raise ValueError("PaLMConfig.vocab_size is not set: give it, or build through a module with a tokeniser")
         return PaLM(self)
 
 
@@ -123,17 +122,39 @@ class PaLMCache(Cache):
     """Keys and values in memory allocated once; slots beyond `length` hold garbage that nothing reads.
 
     Attributes:
-        layers: for each block its keys and values, each [rows, K, slots, Dh].
+        layers: keys and values of each block, both [rows, K, slots, Dh]; made when the first tokens arrive, in their
+            dtype, which autocast and sharding may have changed.
         bias: [rows, slots] added to attention scores, -inf at left padding; None while no row is padded.
         next_position: [rows] position of the next token; None while it is `length` for every row.
     """
 
-    def __init__(self, config: PaLMConfig, num_rows: int, num_slots: int, like: Tensor) -> None:
-        shape = (num_rows, config.num_kv_heads, num_slots, config.head_dim)
-        self.layers = [(like.new_empty(shape), like.new_empty(shape)) for _ in range(config.num_layers)]
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self.layers: list[tuple[Tensor, Tensor]] = []
         self.length = 0
         self.bias: Tensor | None = None
         self.next_position: Tensor | None = None
+
+    def append(self, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a block's new keys and values, both [rows, K, T, Dh]; all of them so far, [rows, K, length + T, Dh]."""
+        rows, heads, width, head_dim = k.shape
+        end = self.length + width
+        assert end <= self.num_slots, "the cache is full: make it longer"
+        if index == len(self.layers):
+            shape = (rows, heads, self.num_slots, head_dim)
+            self.layers.append((k.new_empty(shape), k.new_empty(shape)))
+        keys, values = self.layers[index]
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+    def pad(self, mask: Tensor, dtype: torch.dtype) -> None:
+        """Record which of the tokens that come next are padding (mask [rows, T], False there)."""
+        rows, width = mask.shape
+        if self.bias is None or self.next_position is None:
+            self.bias = torch.zeros(rows, self.num_slots, dtype=dtype, device=mask.device)
+            self.next_position = torch.full((rows,), self.length, device=mask.device)
+        self.bias[:, self.length : self.length + width].masked_fill_(~mask, -math.inf)
 
     def select(self, rows: Tensor) -> None:
         """Keep the given rows; see `Cache.select`. Only slots in use are copied."""
@@ -144,19 +165,8 @@ class PaLMCache(Cache):
             return new
 
         self.layers = [(pick(k), pick(v)) for k, v in self.layers]
-        if self.bias is not None:
-            self.bias = self.bias.index_select(0, rows)
-        if self.next_position is not None:
-            self.next_position = self.next_position.index_select(0, rows)
-
-    def pad(self, mask: Tensor) -> None:
-        """Record which of the tokens that come next are padding (mask [rows, T], False there)."""
-        rows, width = mask.shape
-        key = self.layers[0][0]
-        if self.bias is None:
-            self.bias = key.new_zeros(rows, key.shape[2])
-            self.next_position = mask.new_full((rows,), self.length, dtype=torch.long)
-        self.bias[:, self.length : self.length + width].masked_fill_(~mask, -math.inf)
+        if self.bias is not None and self.next_position is not None:
+            self.bias, self.next_position = self.bias[rows], self.next_position[rows]
 
 
 class Linear(nn.Linear):
@@ -211,11 +221,11 @@ class Block(nn.Module):
             self.k_norm = QKNorm(config.qk_norm, kv_heads, head_dim, config.norm_eps)
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, ...], bias: Tensor | None, cache: PaLMCache | None) -> Tensor:
-        """[B, T, D] -> [B, T, D]; `rope` and `bias` come from `PaLM.forward`, the cache takes the new keys and values."""
-        qk, v, gate, up = self.attn_ffn_in(self.norm(x_BTD)).split(self.sizes, -1)
-        q, k = self.queries_and_keys(qk.unflatten(-1, (-1, self.head_dim)), rope)
-        attended = self.attend(q, k, v.unflatten(-1, (-1, self.head_dim)), bias, cache)
-        out = self.attn_out(attended) + self.ffn_out(F.silu(gate) * up)
+        """[B, T, D] -> [B, T, D]; `rope` and `bias` come from `PaLM.forward`; the cache takes the keys and values."""
+        heads = (*x_BTD.shape[:2], -1, self.head_dim)
+        qk, v, hidden = split_swiglu(self.attn_ffn_in(self.norm(x_BTD)), self.sizes)
+        q, k = self.queries_and_keys(qk.view(heads), rope)
+        out = self.attn_out(self.attend(q, k, v.view(heads), bias, cache)) + self.ffn_out(hidden)
         if self.training and self.dropout:
             out = F.dropout(out, self.dropout)
         return x_BTD + out
@@ -223,7 +233,7 @@ class Block(nn.Module):
     def queries_and_keys(self, qk: Tensor, rope: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Split [B, T, H+K, Dh], normalise and rotate; one pass over both when they are treated alike."""
         if self.q_norm is None and not self.xpos:
-            q, k = rotate(qk, *rope).split((self.num_heads, self.num_kv_heads), 2)
+            q, k = rotate(qk, *rope).split_with_sizes((self.num_heads, self.num_kv_heads), 2)
             return q, k
         q, k = qk.split((self.num_heads, self.num_kv_heads), 2)
         if self.q_norm is not None and self.k_norm is not None:
@@ -232,28 +242,27 @@ class Block(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, cache: PaLMCache | None) -> Tensor:
         """Attention of q [B, T, H, Dh] over k and v [B, T, K, Dh], with the cache's before them: [B, T, H * Dh]."""
-        width = q.shape[1]
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-        causal = bias is None
         if cache is not None:
-            end = cache.length + width
-            keys, values = cache.layers[self.index]
-            keys[:, :, cache.length : end] = k
-            values[:, :, cache.length : end] = v
-            k, v = keys[:, :, :end], values[:, :, :end]
-            if width == 1:
+            k, v = cache.append(self.index, k, v)
+            if q.shape[1] == 1:
                 # one query a row sees every slot: queries that share a key/value head become the rows of one small
                 # matrix product, and keys and values are read once
                 q = q.reshape(len(q), self.num_kv_heads, -1, self.head_dim)
                 return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).reshape(len(q), 1, -1)
+        grouped = self.num_kv_heads != self.num_heads
+        if grouped and bias is not None and not q.is_cpu:
+            # the GPU kernels that take a bias want a key/value head for each query head
+            k, v = (t.repeat_interleave(self.num_heads // self.num_kv_heads, 1) for t in (k, v))
+            grouped = False
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k,
             v,
             attn_mask=bias,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=causal,
-            enable_gqa=self.num_kv_heads != self.num_heads,
+            is_causal=bias is None,
+            enable_gqa=grouped,
         )
         return out.transpose(1, 2).flatten(2)
 
@@ -298,11 +307,8 @@ class PaLM(Network):
         return list(self.layers)
 
     def new_cache(self, num_rows: int, length: int) -> PaLMCache:
-        """An empty cache; in the dtype that keys will have, also under autocast."""
-        weight = self.embedding.weight
-        if torch.is_autocast_enabled(weight.device.type):
-            weight = weight[:0].to(torch.get_autocast_dtype(weight.device.type))
-        return PaLMCache(self.config, num_rows, length, weight)
+        """An empty cache; it takes device and dtype from the first tokens."""
+        return PaLMCache(length)
 
     def forward(
         self,
@@ -327,11 +333,11 @@ class PaLM(Network):
                 f"{past + tokens.shape[1]} tokens are more than max_length ({self.config.max_length}): shorten the "
                 "rows, or build the network with a larger max_length"
             )
-        if cache is not None and mask is not None:
-            cache.pad(mask)
         x = self.embedding(tokens)
+        if cache is not None and mask is not None:
+            cache.pad(mask, x.dtype)
         rope = self.rope(tokens, mask, positions, cache)
-        bias = self.bias(x, mask, documents, cache)
+        bias = self.attention_bias(x, mask, documents, cache)
         for block in self.layers:
             if self.config.activation_checkpointing and self.training and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, bias, cache, use_reentrant=False)
@@ -348,22 +354,26 @@ class PaLM(Network):
         self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, cache: PaLMCache | None
     ) -> tuple[Tensor, ...]:
         """Rows of the rotary tables for these tokens, each [(B,) T, 1, Dh]; counts positions when none are given."""
-        tables = self.tables(tokens.device)
-        start = cache.length if cache is not None else 0
+        tables = self.rotary_tables(tokens.device)
+        start, width = cache.length if cache is not None else 0, tokens.shape[1]
+        counted = None
         if cache is not None and cache.next_position is not None:
             first = cache.next_position[:, None]
-            steps = mask.cumsum(1) if mask is not None else torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
-            counted = first + steps - 1
+            if mask is not None:
+                counted = first + mask.cumsum(1) - 1
+            else:
+                counted = first if width == 1 else first + torch.arange(width, device=tokens.device)
             cache.next_position = counted[:, -1] + 1
-            positions = counted if positions is None else positions
-        elif mask is not None and positions is None:
-            positions = mask.cumsum(1) - 1
+        elif mask is not None:
+            counted = mask.cumsum(1) - 1
         if positions is None:
-            return tuple(table[start : start + tokens.shape[1]] for table in tables)
+            positions = counted
+        if positions is None:
+            return tuple(table[start : start + width] for table in tables)
         positions = positions.clamp(min=0)  # left padding comes before position 0 and is never read
         return tuple(table[positions] for table in tables)
 
-    def tables(self, device: torch.device) -> tuple[Tensor, ...]:
+    def rotary_tables(self, device: torch.device) -> tuple[Tensor, ...]:
         """cos and sin [max_length, 1, Dh] of every position, for queries and keys; with xPos two pairs.
 
         They are not buffers, because casting the network to bfloat16 would cast them with it. The angles are those of
@@ -373,23 +383,25 @@ class PaLM(Network):
         wide = self.embedding.weight.dtype == torch.float64
         if not self._tables or self._tables[0].device != device or (self._tables[0].dtype == torch.float64) != wide:
             config, half = self.config, self.config.head_dim // 2
-            # not as inference tensors, even when validation comes before training
+            # not as inference tensors, even when validation comes before training; on the host where a device
+            # has no float64
             with torch.inference_mode(False), torch.no_grad():
-                place = torch.arange(config.max_length, device=device, dtype=torch.float64)[:, None]
-                pair = torch.arange(half, device=device, dtype=torch.float64) / half
+                options: dict[str, Any] = {"dtype": torch.float64, "device": None if device.type == "mps" else device}
+                place = torch.arange(config.max_length, **options)[:, None]
+                pair = torch.arange(half, **options) / half
                 angle = place * config.rope_theta**-pair
-                cos = torch.cat((angle.cos(), angle.cos()), -1)
-                sin = torch.cat((-angle.sin(), angle.sin()), -1)
+                cos, sin = torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
                 pairs = [cos, sin]
                 if config.xpos:
-                    decay = (2 * half * pair + 0.4 * config.head_dim) / (1.4 * config.head_dim)
+                    decay = (pair + 0.4) / 1.4
                     scale = decay ** ((place - config.max_length // 2) / config.xpos_scale_base)
                     scale = torch.cat((scale, scale), -1)
                     pairs = [cos * scale, sin * scale, cos / scale, sin / scale]
-                self._tables = tuple(t[:, None].to(torch.float64 if wide else torch.float32) for t in pairs)
+                dtype = torch.float64 if wide else torch.float32
+                self._tables = tuple(table[:, None].to(dtype).to(device) for table in pairs)
         return self._tables
 
-    def bias(
+    def attention_bias(
         self, x: Tensor, mask: Tensor | None, documents: Tensor | None, cache: PaLMCache | None
     ) -> Tensor | None:
         """What is added to the attention scores, [B, 1, T, S] of 0 and -inf; None for plain causal attention."""

@@ -12,6 +12,7 @@ A checkpoint is a Lightning `.ckpt` file (or a directory, when a sharded strateg
         objective: {class_path, state}                  what the objective carries from step to step
         reference: sha256                               fingerprint of the frozen reference (policies)
         num_tokens: 123456                              tokens trained on so far
+        seed: 0                                         what dropout is drawn from
 
 and its `state_dict` has the weights under `networks.{role}.`. The frozen reference and reward models are not in it:
 they are read from where they came from.

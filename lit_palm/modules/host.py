@@ -74,6 +74,7 @@ class LitModule(LightningModule):
         self.networks = nn.ModuleDict()
         self.samples: list[dict[str, Any]] = []
         self.num_tokens_seen: int | Tensor = 0
+        self._seed: int | None = None
         self._weight: Tensor | None = None
         self._frozen: frozenset[str] = frozenset()
         self._watched: dict[str, list[Tensor]] = {}
@@ -92,6 +93,22 @@ class LitModule(LightningModule):
         self.tokenizer = getattr(data, "tokenizer", None) or self.load_tokenizer()
         if self.tokenizer is None or isinstance(self.tokenizer, str):
             raise ValueError("no tokeniser: name one with --data.tokenizer, or a checkpoint with --model.network")
+
+    @property
+    def ready_tokenizer(self) -> Tokenizer:
+        """The tokeniser, after `setup`."""
+        assert self.tokenizer is not None, "the tokeniser is known after setup"
+        return self.tokenizer
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills rows up."""
+        return self.ready_tokenizer.pad_id
+
+    @property
+    def between_steps(self) -> bool:
+        """True when no micro-batch waits for the rest of its optimiser step."""
+        return self._weight is None
 
     def build_network(self) -> Network:
         """The language model that `network` describes, with its vocabulary taken from the tokeniser.
@@ -153,6 +170,12 @@ class LitModule(LightningModule):
     def on_train_start(self) -> None:
         self._reset_step()
         resume.check_trainer(self.trainer)
+        if self._seed is None:  # a resumed run goes on with the seed it began with
+            self._seed = int(self.trainer.strategy.broadcast(torch.initial_seed() % 2**63))
+
+    def on_train_batch_start(self, batch: Experience, batch_idx: int) -> None:
+        assert self._seed is not None
+        resume.align(self.trainer, self._seed)
 
     def _reset_step(self) -> None:
         self._weight, self._frozen, self._watched = None, frozenset(), {}
@@ -256,10 +279,12 @@ class LitModule(LightningModule):
                 "state": self.objective.state_dict(),
             },
             "num_tokens": int(self.num_tokens_seen),
+            "seed": self._seed,
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["lit_palm"] = self.header()
+        resume.settle(self.trainer, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another kind, shape or tokeniser; restore what is carried from step to step.
@@ -284,18 +309,16 @@ class LitModule(LightningModule):
             there = header["networks"].get(role)
             if there is None or there["class_path"] != config["class_path"]:
                 raise ValueError(f"the checkpoint to resume has no {config['class_path']} as {role}")
-            # dropout and the like may change between runs; what shapes the weights may not
-            network = _config_of(self.networks[role])
-            for key in getattr(network, "shape_fields", there["init_args"]):
-                if there["init_args"].get(key) != config["init_args"].get(key):
+            for key in config["init_args"].keys() - _config_of(self.networks[role]).CHANGEABLE:
+                if there["init_args"].get(key) != config["init_args"][key]:
                     raise ValueError(
                         f"the checkpoint to resume has {key} {there['init_args'].get(key)!r} in its {role}, the "
-                        f"configuration {config['init_args'].get(key)!r}"
+                        f"configuration {config['init_args'][key]!r}"
                     )
         if header["objective"]["class_path"] == own["objective"]["class_path"]:
             self.objective.load_state_dict(header["objective"]["state"])
         self.num_tokens_seen = int(header["num_tokens"])
-        resume.repair_epoch_end(checkpoint)
+        self._seed = header.get("seed")
 
     # ------------------------------------------------------------------ helpers
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
@@ -15,20 +16,17 @@ from lit_palm.models.base import Network, NetworkConfig, ScalarNetwork
 from lit_palm.modules.checkpoint import fingerprint, load_network
 from lit_palm.modules.host import LitModule, default_optimizer
 from lit_palm.modules.language_model import language_model_output
-from lit_palm.modules.startup import check_first_ratio
+from lit_palm.modules.rollouts import VALIDATION, Rollouts, sample
 from lit_palm.objectives.base import Kind, Objective
 from lit_palm.objectives.ppo import PPO
-from lit_palm.rollout.collector import RolloutConfig, annotate, assemble, merge, prompt_order
+from lit_palm.rollout.collector import RolloutConfig, annotate
 from lit_palm.rollout.engine import CachedEngine, Engine
 from lit_palm.rollout.loader import RolloutLoader
-from lit_palm.rollout.rewards import Reward, RewardBatch, RewardModel, total_reward
-from lit_palm.rollout.sampling import Sampling, row_seeds
+from lit_palm.rollout.rewards import Reward, RewardModel
+from lit_palm.rollout.sampling import Sampling
 from lit_palm.types import Experience, Output
 
 __all__ = ["LitPolicy"]
-
-# collections count from 0; validation draws from a stream of its own
-VALIDATION = -1
 
 
 class LitPolicy(LitModule):
@@ -91,12 +89,8 @@ class LitPolicy(LitModule):
         self.engine: Engine = engine or CachedEngine()
         # frozen networks stay out of the module tree: neither trained, synchronised, nor written into checkpoints
         self.frozen: dict[str, nn.Module] = {}
-        self.loader: RolloutLoader | None = None
-        self._prompts: Sequence[dict[str, Any]] = []
-        self._pending: dict[str, float] = {}
-        self._checked = False
+        self.rollouts: Rollouts | None = None
         self._reference_id = ""
-        self._update_start = 0.0
 
     # ------------------------------------------------------------------ networks
 
@@ -176,166 +170,38 @@ class LitPolicy(LitModule):
             )
         if not prompts:
             raise ValueError("there are no prompts to sample from: is data.train empty?")
-        self._prompts = prompts
-        num_rows = self.objective.num_kept(self.rollout.num_rows)
-        self.loader = RolloutLoader(
-            self.collect, self.rollout, num_rows, self.objective.grouped, self.global_rank, self.trainer.world_size
-        )
-        return self.loader
+        self.rollouts = Rollouts(self, prompts)
+        return self.rollouts.loader
 
-    def _numerics(self) -> Any:
+    def numerics(self) -> AbstractContextManager[Any]:
         """The precision that training_step runs in; without it the first ratio would be off under autocast."""
         return self.trainer.precision_plugin.train_step_context()
 
-    def policy_logps(self, batch: Experience) -> dict[str, Tensor]:
-        """Log-probabilities of the completion tokens under the policy, at the sampling temperature."""
-        return language_model_output(self.networks["policy"], batch, temperature=self.sampling.temperature)
+    def policy_logps(self, batch: Experience) -> Tensor:
+        """Log-probabilities [B, T] of the completion tokens under the policy, at the sampling temperature."""
+        return language_model_output(self.networks["policy"], batch, temperature=self.sampling.temperature)["logps"]
 
-    def _reference_logps(self, batch: Experience) -> Tensor:
-        output = language_model_output(self.frozen["reference"], batch, temperature=self.sampling.temperature)
-        return output["logps"]
+    def reference_logps(self, batch: Experience) -> Tensor:
+        """The same under the frozen reference."""
+        return language_model_output(self.frozen["reference"], batch, temperature=self.sampling.temperature)["logps"]
 
     def state_values(self, batch: Experience) -> Tensor:
         """Value of the state in which each token was chosen: [B, T], what the network says one token earlier."""
         values: Tensor = self.networks["value"](batch["tokens"])
         return torch.where(batch["loss_mask"], values.roll(1, dims=1), 0)
 
-    @torch.no_grad()
-    def sample(
-        self, prompts: Sequence[dict[str, Any]], rows: Tensor, stream: int, seed: int, copies: int = 1
-    ) -> tuple[Experience, RewardBatch]:
-        """Complete prompts and score the completions.
-
-        Args:
-            prompts: rows with `prompt_ids`, `prompt` and `columns`, one for each of `rows`.
-            rows: [B] global row numbers, which with `seed` and `stream` determine what is sampled.
-            stream: number of the collection, or VALIDATION.
-            seed: seed of the run.
-            copies: completions a prompt (only to number the prompts).
-        """
-        assert self.tokenizer is not None
-        policy = self.networks["policy"]
-        assert isinstance(policy, Network)
-        ids = [p["prompt_ids"] for p in prompts]
-        start = time.perf_counter()
-        generation = self.engine.generate(
-            policy,
-            ids,
-            self.sampling,
-            row_seeds(seed, stream, rows),
-            pad_id=self.tokenizer.pad_id,
-            eos_id=self.tokenizer.eos_id,
-            decode=self.tokenizer.decode,
-        )
-        self._pending["time/rollout_s"] = time.perf_counter() - start
-        experience = assemble(ids, generation, self.tokenizer.pad_id, rows, rows // copies)
-        texts = [self._text(c, reason) for c, reason in zip(generation.completions, generation.finish_reason, strict=True)]
-        names = sorted({k for p in prompts for k in p["columns"]})
-        batch = RewardBatch(
-            prompts=[p["prompt"] for p in prompts],
-            completions=texts,
-            prompt_ids=ids,
-            completion_ids=generation.completions,
-            ended=generation.ended,
-            columns={k: [p["columns"].get(k) for p in prompts] for k in names},
-            tokens=experience["tokens"],
-            mask=experience["mask"],
-        )
-        start = time.perf_counter()
-        if self.rewards:
-            experience["scores"], experience["rewards"] = total_reward(self.rewards, batch)
-        self._pending["time/score_s"] = time.perf_counter() - start
-        return experience, batch
-
-    def _text(self, ids: Tensor, reason: str) -> str:
-        assert self.tokenizer is not None
-        text = self.tokenizer.decode(ids.tolist())
-        if reason == "stop":
-            cut = min((text.find(s) for s in self.sampling.stop if s in text), default=len(text))
-            text = text[:cut]
-        return text
-
-    @torch.no_grad()
-    def collect(self, collection: int) -> Experience:
-        """Sample, score, annotate and prepare one collection; the same on every rank, on the CPU."""
-        assert self._weight is None, "a collection in the middle of an optimiser step"
-        started = time.perf_counter()
-        config, world = self.rollout, self.trainer.world_size
-        order = prompt_order(len(self._prompts), config.seed, collection * config.num_prompts, config.num_prompts)
-        copies = config.completions_per_prompt
-        # whole prompts go to a rank, so that the completions of one share its prefill
-        mine = torch.arange(self.global_rank, config.num_prompts, world)
-        rows = (mine[:, None] * copies + torch.arange(copies)).flatten()
-        prompts = [self._prompts[order[i]] for i in mine.tolist() for _ in range(copies)]
-        training = self.networks.training
-        self.networks.eval()  # no dropout while collecting and scoring
-        with self._numerics():
-            experience, batch = self.sample(prompts, rows, collection, config.seed, copies)
-            self._annotate(experience)
-        self.networks.train(training)
-        experience = merge(self._gather(experience), self._pad_id)
-        self._log_collection(experience)
-        if not self._checked:
-            self._checked = True
-            check_first_ratio(self, experience)
-        experience = self.objective.prepare(experience)
-        self._pending.update(experience.get("metrics", {}))
-        self._note_samples(batch, experience if world == 1 else None)
-        self._pending["time/collect_s"] = time.perf_counter() - started
-        self._update_start = time.perf_counter()
-        return experience
-
-    @property
-    def _pad_id(self) -> int:
-        assert self.tokenizer is not None
-        return self.tokenizer.pad_id
-
-    def _annotate(self, experience: Experience) -> None:
-        def compute(rows: Experience) -> dict[str, Tensor]:
-            fields = {"old_logps": self.policy_logps(rows)["logps"]}
-            if "reference" in self.objective.needs:
-                fields["ref_logps"] = self._reference_logps(rows)
-            if "value" in self.objective.needs:
-                fields["values"] = self.state_values(rows)
-            return fields
-
-        annotate(experience, compute, self.rollout.batch_size, self.device)
-
-    def _gather(self, experience: Experience) -> list[Experience]:
-        if self.trainer.world_size == 1:
-            return [experience]
-        parts: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(parts, dict(experience))
-        return [Experience(p) for p in parts]
-
-    def _log_collection(self, experience: Experience) -> None:
-        lengths = experience["loss_mask"].sum(1).float()
-        self._pending["completions/mean_length"] = lengths.mean().item()
-        self._pending["completions/min_length"] = lengths.min().item()
-        self._pending["completions/max_length"] = lengths.max().item()
-        self._pending["completions/clipped_ratio"] = 1 - experience["ended"].float().mean().item()
-        for name, values in experience.get("rewards", {}).items():
-            self._pending[f"rewards/{name}/mean"] = values.mean().item()
-            self._pending[f"rewards/{name}/std"] = values.std().item() if len(values) > 1 else 0.0
-
-    def _note_samples(self, batch: RewardBatch, experience: Experience | None, count: int = 8) -> None:
-        rewards = experience.get("rewards", {}) if experience is not None else {}
-        self.samples = [
-            {"prompt": p, "completion": c, "rewards": {k: v[i].item() for k, v in rewards.items()}}
-            for i, (p, c) in enumerate(zip(batch.prompts[:count], batch.completions[:count], strict=True))
-        ]
-
     # ------------------------------------------------------------------ the step
 
     def on_train_epoch_start(self) -> None:
-        if self.loader is not None:
-            self.loader.finish()
+        if self.rollouts is not None:
+            self.rollouts.loader.finish()
 
     def on_train_batch_start(self, batch: Experience, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
         # the loader cannot log: what a collection found out is logged with its first minibatch
-        for name, value in self._pending.items():
-            self.log(name, value, batch_size=1, prog_bar=name in self.progress_metrics)
-        self._pending = {}
+        if self.rollouts is not None:
+            for name, value in self.rollouts.pop_metrics().items():
+                self.log(name, value, batch_size=1, prog_bar=name in self.progress_metrics)
 
     def training_step(self, batch: Experience, batch_idx: int) -> Tensor:
         return self.account(self.objective.loss(self._output(batch), batch), batch)
@@ -359,29 +225,33 @@ class LitPolicy(LitModule):
         return output
 
     def stop_update(self) -> None:
-        if self.loader is not None:
-            self.loader.stop()
+        if self.rollouts is not None:
+            self.rollouts.loader.stop()
+            # Lightning ends the epoch with this batch instead of asking the loader for another one
+            self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = True
 
     def on_train_epoch_end(self) -> None:
-        if self._update_start:
-            self.log("time/update_s", time.perf_counter() - self._update_start)
+        if self.rollouts is not None:
+            self.log("time/update_s", time.perf_counter() - self.rollouts.update_started)
 
     # ------------------------------------------------------------------ validation and prediction
 
     @torch.no_grad()
     def evaluate_prompts(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """Continue a batch of prompts with seeds of their own: rows of prompt, completion, ended, num_tokens, kl, rewards."""
-        count = len(batch["prompts"])
+        real = [i for i, row in enumerate(batch["row"].tolist()) if row >= 0]  # -1 fills a batch up
         prompts = [
-            {"prompt_ids": batch["prompt_ids"][i], "prompt": batch["prompts"][i],
-             "columns": {k: v[i] for k, v in batch["columns"].items()}}
-            for i in range(count)
+            {
+                "prompt_ids": batch["prompt_ids"][i],
+                "prompt": batch["prompts"][i],
+                "columns": {k: v[i] for k, v in batch["columns"].items()},
+            }
+            for i in real
         ]
-        experience, scored = self.sample(prompts, torch.as_tensor(batch["row"]), VALIDATION, self.rollout.seed)
-        self._pending = {}
+        experience, scored, _ = sample(self, prompts, batch["row"][real], VALIDATION)
 
         def compute(rows: Experience) -> dict[str, Tensor]:
-            return {"difference": self.policy_logps(rows)["logps"] - self._reference_logps(rows)}
+            return {"difference": self.policy_logps(rows) - self.reference_logps(rows)}
 
         annotate(experience, compute, self.rollout.batch_size, self.device)
         kl = experience["difference"].sum(1)
@@ -396,7 +266,7 @@ class LitPolicy(LitModule):
                 "rewards": {k: v[i].item() for k, v in rewards.items()},
                 "reward": experience["scores"][i].item() if self.rewards else None,
             }
-            for i in range(count)
+            for i in range(len(prompts))
         ]
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -443,7 +313,3 @@ class LitPolicy(LitModule):
                 "the frozen reference is not the one this run started with: name the same checkpoint as model.network "
                 "(or model.reference), and do not change that file while a run depends on it"
             )
-        self._checked = True  # the policy has moved on since its first collection
-
-
-Loader = Callable[[int], Experience]

@@ -1,18 +1,21 @@
-"""Exact resume under Lightning: which Trainer flags make it impossible, and one correction of its loop state.
+"""Exact resume under Lightning, and the Trainer flags that lit_palm cannot honour.
 
 Everything that shapes a run is either in Lightning's own checkpoint (weights, optimiser, schedule, loop counters), in
 the data module's state (data position, the collection under way) or in the objective's. All other randomness comes
-from counters.
+from counters. Left to itself Lightning restores its counters as they stood inside the hook that saved, which loses or
+repeats work in several cases; `settle` writes them as they must be to go on.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 
-__all__ = ["check_trainer", "repair_epoch_end"]
+from lit_palm.data.position import position
 
+__all__ = ["align", "check_trainer", "settle"]
 
 def check_trainer(trainer: Trainer) -> None:
     """Refuse flags that would silently change what is trained.
@@ -24,22 +27,44 @@ def check_trainer(trainer: Trainer) -> None:
         raise ValueError("lit_palm modules use one optimiser with parameter groups")
 
 
-def repair_epoch_end(checkpoint: dict[str, Any]) -> None:
-    """Let a checkpoint that was saved at the end of an epoch resume at the start of the next one.
+def settle(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Rewrite the loop counters of a checkpoint about to be saved, so that a run resumed from it goes on exactly.
 
-    Such a checkpoint is written after the epoch's last batch was processed but before the epoch was counted. Resumed
-    with `max_steps`, Lightning would run a further epoch of one batch, so that a collection straddles two epochs.
+    Three states remain of Lightning's many: at the start of an epoch; after a batch in the middle of one; and after an
+    epoch's last batch, with its end still to come. A validation that is due after the batch is run when resuming,
+    unless it was before saving: it calibrates reward models, and callbacks read it.
     """
+    where = position(trainer)
     loop = checkpoint.get("loops", {}).get("fit_loop")
-    if not loop:
+    if where is None or not loop:
         return
-    current, total = loop["epoch_progress"]["current"], loop["epoch_progress"]["total"]
-    if not current["processed"] == current["ready"] == current["completed"] + 1:
-        return
-    current["completed"] += 1
-    total["completed"] += 1
-    for key in ("epoch_loop.batch_progress", "epoch_loop.scheduler_progress"):
-        progress = loop[key]["current"]
-        for field in progress:
-            progress[field] = 0
-    loop["epoch_loop.batch_progress"]["is_last_batch"] = False
+    progress = trainer.fit_loop.epoch_loop.batch_progress.current
+    epochs, batches = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
+    earlier = epochs["total"]["processed"] - epochs["current"]["processed"]
+    _set(epochs["current"], where.epoch + where.begun, where.epoch)
+    _set(epochs["total"], earlier + where.epoch + where.begun, earlier + where.epoch)
+    total = batches["total"]["processed"] - (progress.processed - where.batch if where.begun else 0)
+    _set(batches["current"], where.batch, where.batch)
+    _set(batches["total"], total, total)
+    batches["is_last_batch"] = where.over
+    # an evaluation interrupted before its first batch is what Lightning takes up again
+    due = int(where.batch > 0 and progress.completed < progress.processed == where.batch)
+    for counts in ("total", "current"):
+        _set(loop["epoch_loop.val_loop.batch_progress"][counts], due, 0)
+
+
+def _set(counts: dict[str, int], begun: int, done: int) -> None:
+    """Set the four counters of one progress."""
+    counts.update(ready=begun, started=begun, processed=done, completed=done)
+
+
+def align(trainer: Trainer, seed: int) -> None:
+    """Before a batch: what Lightning would carry from batch to batch becomes a function of the counters.
+
+    The step that loggers see is one off after some restarts. The generator that dropout draws from is not saved (and
+    each rank has its own), so it starts anew from (seed, rank, batch).
+    """
+    loop = trainer.fit_loop.epoch_loop
+    loop._batches_that_stepped = trainer.global_step
+    batch = loop.batch_progress.total.ready
+    torch.manual_seed(((seed * 1_000_003 + trainer.global_rank) * 1_000_003 + batch) % 2**63)

@@ -9,7 +9,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from lit_palm.models.base import Network, NetworkConfig, ScalarNetwork
+from lit_palm.models.base import NetworkConfig, ScalarNetwork
 from lit_palm.modules.checkpoint import load_network, read_checkpoint
 from lit_palm.modules.host import LitModule, default_optimizer
 from lit_palm.objectives.base import Kind, Objective

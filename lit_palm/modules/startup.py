@@ -35,13 +35,16 @@ def numeric_dtype(module: LitPolicy) -> torch.dtype:
 
 
 @torch.no_grad()
-def check_first_ratio(module: LitPolicy, experience: Experience, num_rows: int = 8) -> None:
+def check_first_ratio(module: LitPolicy, experience: Experience, num_rows: int = 8) -> float:
     """Compare the first collection's log-probabilities with those of training, one row at a time and together.
 
     Args:
-        module: the policy at the start of its run.
-        experience: the first collection of all ranks, annotated, before `prepare`.
+        module: the policy; when it starts anew, it is also compared with its reference.
+        experience: a collection of all ranks, annotated, before `prepare`.
         num_rows: rows looked at: the shortest and longest, and some between.
+
+    Returns:
+        The largest difference found, in nats.
 
     Raises:
         RuntimeError: the ratio is not 1, or a policy that starts as its reference does not equal it.
@@ -53,8 +56,8 @@ def check_first_ratio(module: LitPolicy, experience: Experience, num_rows: int =
     def logps(rows: Tensor) -> tuple[Tensor, Experience]:
         part = experience.select(rows)
         moved = Experience({k: v.to(module.device) for k, v in part.items() if isinstance(v, Tensor)})
-        with module._numerics():
-            return module.policy_logps(moved)["logps"].float().cpu(), part
+        with module.numerics():
+            return module.policy_logps(moved).float().cpu(), part
 
     training = module.networks.training
     module.networks.eval()
@@ -70,14 +73,14 @@ def check_first_ratio(module: LitPolicy, experience: Experience, num_rows: int =
             f"(allowed {tolerance:.0e}): the ratio would not start at 1. The network's result depends on how rows are "
             "batched; check its masks and positions."
         )
-    module._pending["startup/max_logratio"] = worst
-    if "ref_logps" in experience and module.reference is None:
+    if "ref_logps" in experience and module.reference is None and module.trainer.global_step == 0:
         apart = _difference(experience["old_logps"], experience["ref_logps"])
         if not apart <= tolerance:
             raise RuntimeError(
                 f"the policy starts as its reference, yet their log-probabilities differ by {apart:.2e} (allowed "
                 f"{tolerance:.0e}): the reference is not a faithful copy"
             )
+    return worst
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

@@ -87,5 +87,5 @@ class Objective(ABC):
         """What is carried from step to step, as plain numbers, strings and tensors (safe to load)."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
         """Restore what `state_dict` gave."""

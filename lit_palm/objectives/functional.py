@@ -10,7 +10,16 @@ from torch import Tensor
 
 from lit_palm.types import Experience
 
-__all__ = ["KLEstimator", "RunningMoments", "kl_estimate", "masked_mean", "masked_whiten", "pairs_of_rankings"]
+__all__ = [
+    "KLEstimator",
+    "RunningMoments",
+    "kl_estimate",
+    "logistic_loss",
+    "masked_mean",
+    "masked_whiten",
+    "pairs_of_rankings",
+    "rows_that_count",
+]
 
 KLEstimator = Literal["k1", "k2", "k3"]
 
@@ -63,6 +72,14 @@ def pairs_of_rankings(experience: Experience) -> tuple[Tensor, Tensor, Tensor]:
     better = (group[:, None] == group[None, :]) & (rank[:, None] < rank[None, :])
     i, j = better.nonzero(as_tuple=True)
     return i, j, group[i]
+
+
+def rows_that_count(experience: Experience) -> Tensor:
+    """[B] bool: False for a row that only fills a batch up so that all processes have as many (no `loss_mask`)."""
+    if "loss_mask" not in experience:
+        return torch.ones(experience.num_rows, dtype=torch.bool, device=experience["tokens"].device)
+    rows: Tensor = experience["loss_mask"].any(1)
+    return rows
 
 
 def logistic_loss(difference: Tensor) -> Tensor:

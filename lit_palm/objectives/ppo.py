@@ -6,7 +6,7 @@ coefficient), Huang et al. 2024 "The N+ Implementation Details of RLHF with PPO"
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ class PPO(Objective):
         max_update_kl: float | None = None,
         value_warmup: int = 0,
     ) -> None:
-        if not 0 < clip:
+        if not clip > 0:
             raise ValueError(f"clip must be positive, got {clip}; 0.2 is usual")
         if dual_clip is not None and dual_clip <= 1 + clip:
             raise ValueError(f"dual_clip must exceed 1 + clip = {1 + clip}, got {dual_clip}; 3 is usual")
@@ -85,6 +85,21 @@ class PPO(Objective):
                 raise ValueError(f"{name} must lie in [0, 1], got {value}")
         if kl_coef < 0 or value_coef < 0 or kl_horizon < 1:
             raise ValueError("kl_coef and value_coef must not be negative, and kl_horizon must be positive")
+        for name, limit in (
+            ("value_clip", value_clip),
+            ("clip_reward", clip_reward),
+            ("kl_target", kl_target),
+            ("max_update_kl", max_update_kl),
+        ):
+            if limit is not None and not limit > 0:
+                raise ValueError(f"{name} must be positive, got {limit}; null turns it off")
+        for name, choice, choices in (
+            ("kl_estimator", kl_estimator, get_args(KLEstimator)),
+            ("kl_in", kl_in, ("reward", "loss")),
+            ("scale_reward", scale_reward, ("none", "running", "ref")),
+        ):
+            if choice not in choices:
+                raise ValueError(f"{name} is {choice!r}: choose one of {', '.join(choices)}")
         if kl_target is not None and kl_coef == 0:
             raise ValueError("kl_target adapts kl_coef by factors: start it above 0")
         if kl_in == "loss" and kl_estimator == "k1" and kl_coef:
@@ -161,11 +176,21 @@ class PPO(Objective):
         if k1 is not None:
             metrics["objective/kl"] = k1.item()
             if self.kl_target is not None:
-                error = min(max(k1.item() / self.kl_target - 1, -0.2), 0.2)
-                self.kl_coef *= 1 + error * experience.num_rows / self.kl_horizon
+                self._adapt(k1.item(), experience.num_rows)
         experience["metrics"] = metrics
         self.num_collections += 1
         return experience
+
+    def _adapt(self, kl: float, num_rows: int) -> None:
+        """Ziegler et al. 2019, section 2.2: beta <- beta (1 + clip(KL / target - 1, +-.2) n / horizon)."""
+        assert self.kl_target is not None
+        if 0.2 * num_rows >= self.kl_horizon:
+            raise ValueError(
+                f"kl_horizon {self.kl_horizon} is too short for collections of {num_rows} completions, of which one "
+                f"could make kl_coef zero or negative: use more than {num_rows // 5}; 10000 is usual"
+            )
+        error = min(max(kl / self.kl_target - 1, -0.2), 0.2)
+        self.kl_coef *= 1 + error * num_rows / self.kl_horizon
 
     # ------------------------------------------------------------------ once a minibatch
 

@@ -9,8 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_palm.objectives.base import Kind, Objective
-from lit_palm.objectives.functional import logistic_loss, pairs_of_rankings
+from lit_palm.objectives.functional import logistic_loss, pairs_of_rankings, rows_that_count
 from lit_palm.types import Experience, Loss, Output
+
+
+def score_metrics(scores: Tensor, counted: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """`{min,mean,max}_reward` of the scores [B] where `counted` [B] is True."""
+    picked = scores.detach()[counted]
+    count = counted.sum()
+    one = count.clamp(max=1)  # 0 when there is nothing to speak of
+    low, high = (picked.min(), picked.max()) if len(picked) else (picked.sum(), picked.sum())
+    return {"min_reward": (low, one), "mean_reward": (picked.sum(), count), "max_reward": (high, one)}
 
 
 class RewardRanking(Objective):
@@ -57,15 +66,11 @@ class RewardRanking(Objective):
         _, inverse, size = group.unique(return_inverse=True, return_counts=True)
         total = (per_pair / size[inverse]).sum() + 0.0 * scores.sum()  # a batch of ties still has a graph
         pairs = torch.tensor(len(better), device=scores.device)
-        detached, one = scores.detach(), torch.ones((), device=scores.device)
         metrics = {
             "accuracy": ((difference.detach() > 0).float().sum(), pairs),
             "margin": (difference.detach().sum(), pairs),
-            "min_reward": (detached.min(), one),
-            "mean_reward": (detached.sum(), one * len(detached)),
-            "max_reward": (detached.max(), one),
         }
-        return Loss(total, metrics)
+        return Loss(total, metrics | score_metrics(scores, rows_that_count(experience)))
 
 
 class RewardRegression(Objective):
@@ -84,22 +89,17 @@ class RewardRegression(Objective):
 
     def weight(self, experience: Experience) -> Tensor:
         """The number of rated rows."""
-        return torch.tensor(experience.num_rows, device=experience["rating"].device)
+        return rows_that_count(experience).sum()
 
     def loss(self, output: Output, experience: Experience) -> Loss:
         """Summed over rows; metrics `mae` and `{min,mean,max}_reward`."""
         scores, rating = output.scores, experience["rating"]
         assert scores is not None
+        counted = rows_that_count(experience)
         if self.huber is None:
-            total = F.mse_loss(scores, rating, reduction="sum")
+            per_row = F.mse_loss(scores, rating, reduction="none")
         else:
-            total = F.huber_loss(scores, rating, reduction="sum", delta=self.huber)
-        detached, one = scores.detach(), torch.ones((), device=scores.device)
-        count = one * len(detached)
-        metrics = {
-            "mae": ((detached - rating).abs().sum(), count),
-            "min_reward": (detached.min(), one),
-            "mean_reward": (detached.sum(), count),
-            "max_reward": (detached.max(), one),
-        }
-        return Loss(total, metrics)
+            per_row = F.huber_loss(scores, rating, reduction="none", delta=self.huber)
+        error = torch.where(counted, scores.detach() - rating, 0).abs().sum()
+        total = torch.where(counted, per_row, 0).sum()
+        return Loss(total, {"mae": (error, counted.sum()), **score_metrics(scores, counted)})

@@ -1,4 +1,4 @@
-"""From sampled completions to one `Experience`: assembling rows, annotating them in length-sorted batches, merging ranks.
+"""From sampled completions to one `Experience`: assembling rows, annotating them by length, merging ranks.
 
 Rows are prompt and completion without a gap, right-padded: a causal network then needs no mask, and no padding sits
 between what is conditioned on and what is learned from.
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -55,13 +56,15 @@ def prompt_order(num_prompts: int, seed: int, start: int, count: int) -> list[in
     order: list[int] = []
     while len(order) < count:
         epoch, offset = divmod(start + len(order), num_prompts)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
         permutation = torch.randperm(num_prompts, generator=generator).tolist()
         order += permutation[offset : offset + count - len(order)]
     return order
 
 
-def assemble(prompts: Sequence[Tensor], generation: Generation, pad_id: int, rows: Tensor, groups: Tensor) -> Experience:
+def assemble(
+    prompts: Sequence[Tensor], generation: Generation, pad_id: int, rows: Tensor, groups: Tensor
+) -> Experience:
     """Rows of prompt and completion, right-padded.
 
     Args:
@@ -116,13 +119,14 @@ def merge(parts: Sequence[Experience], pad_id: int) -> Experience:
     for name, first in parts[0].items():
         if isinstance(first, Tensor):
             fill = pad_id if name == "tokens" else 0
-            columns = [
-                torch.nn.functional.pad(p[name], (0, width - p[name].shape[1]), value=fill) if first.dim() > 1 else p[name]
-                for p in parts
-            ]
+            columns = [p[name] for p in parts]
+            if first.dim() > 1:
+                columns = [F.pad(c, (0, width - c.shape[1]), value=fill) for c in columns]
             merged[name] = torch.cat(columns)
-        elif isinstance(first, dict):
-            merged[name] = {k: torch.cat([p[name][k] for p in parts]) for k in first}
+        elif isinstance(first, list):
+            merged[name] = [value for p in parts for value in p[name]]
     order = merged["row"].argsort()
-    rewards = {k: v[order] for k, v in merged.get("rewards", {}).items()}
-    return Experience(merged.select(order), rewards=rewards)
+    whole = merged.select(order)
+    if "rewards" in parts[0]:
+        whole["rewards"] = {k: torch.cat([p["rewards"][k] for p in parts])[order] for k in parts[0]["rewards"]}
+    return whole

@@ -1,7 +1,7 @@
 """From prompts to completions: the engine interface and the built-in KV-cached engine.
 
-An engine takes prompts as token ids, a network and a `Sampling`, and gives back the sampled ids with the log-probability
-of each; ids are never decoded and encoded again. It knows no Trainer and no rank.
+An engine takes prompts as token ids, a network and a `Sampling`, and gives back the sampled ids with their
+log-probabilities; ids are never decoded and encoded again. It knows no Trainer and no rank.
 
     generation = CachedEngine().generate(network, prompts, Sampling(max_new_tokens=40), seeds, pad_id=0, eos_id=1)
     generation.completions[0], generation.logps[0], generation.finish_reason[0]
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lit_palm.models.base import Network
-from lit_palm.models.logprobs import last_logits
+from lit_palm.models.kernels import last_logits
 from lit_palm.rollout.sampling import Sampling, filter_logits, sample, uniform
 
 __all__ = ["CachedEngine", "Engine", "Generation"]
@@ -71,7 +71,7 @@ class Engine(ABC):
 
         Raises:
             ValueError: an empty prompt, an id outside the vocabulary, a prompt too long for the network's
-                `max_length`, or stop texts without `decode`.
+                `max_length`, stop texts without `decode`, or a network whose logits are not finite.
         """
 
 
@@ -108,7 +108,7 @@ class CachedEngine(Engine):
 
     def __init__(self, max_batch_size: int | None = None) -> None:
         if max_batch_size is not None and max_batch_size < 1:
-            raise ValueError(f"max_batch_size is {max_batch_size}: use at least 1, or leave it out for all rows at once")
+            raise ValueError(f"max_batch_size is {max_batch_size}: use at least 1, or leave it out for no limit")
         self.max_batch_size = max_batch_size
 
     @torch.no_grad()
@@ -174,7 +174,9 @@ class _Batch:
         self.prompts = prompts
         self.device = next(network.parameters()).device
         num_rows, steps = len(prompts), sampling.max_new_tokens
-        self.uniforms = uniform(seeds[:, None], torch.arange(steps, device=seeds.device)).to(self.device)
+        self.uniforms = uniform(seeds[:, None], torch.arange(steps, device=seeds.device))
+        if self.device.type != "mps":  # has no float64
+            self.uniforms = self.uniforms.to(self.device)
         self.tokens = torch.full((steps, num_rows), pad_id, dtype=torch.long, device=self.device)
         self.logps = torch.zeros(steps, num_rows, device=self.device)
         self.lengths = [steps] * num_rows
@@ -309,7 +311,7 @@ class _Batch:
         self.alive = [self.alive[place] for place in kept]
         rows = torch.tensor(kept, device=self.device)
         self.cache.select(rows)
-        self.index, self.uniforms = self.index[rows], self.uniforms[rows]
+        self.index, self.uniforms = self.index[rows], self.uniforms[kept]
         self.positions = None if self.positions is None else self.positions[rows]
         self.seen = None if self.seen is None else self.seen[rows]
         return tokens[rows]
@@ -317,6 +319,11 @@ class _Batch:
     def results(self) -> list[_Row]:
         """Completion, log-probabilities and finish reason of each row."""
         tokens, logps = self.tokens.t().cpu(), self.logps.t().cpu()
+        if not bool(logps.isfinite().all()):
+            raise ValueError(
+                "the network gives logits that are not finite: its training has diverged; go back to an earlier "
+                "checkpoint and lower the learning rate"
+            )
         return [
             (tokens[row, :n].clone(), logps[row, :n].clone(), reason)
             for row, (n, reason) in enumerate(zip(self.lengths, self.reasons, strict=True))

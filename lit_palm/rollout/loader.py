@@ -26,12 +26,12 @@ class RolloutLoader:
         collect: collect(k) gives the k-th collection of all ranks, prepared, on the CPU.
         config: sizes and seed.
         num_rows: rows that a collection has after `prepare`.
-        grouped: rows of a group stay in one minibatch.
+        grouped: rows of a group stay in one minibatch; `prepare` keeps equally many of each.
         rank: this process's number.
         world_size: number of processes; each gets its share of every minibatch.
 
     Raises:
-        ValueError: the sizes do not divide.
+        ValueError: the sizes do not divide; while iterating: a collection is not of the size that was promised.
     """
 
     def __init__(
@@ -44,16 +44,22 @@ class RolloutLoader:
         world_size: int = 1,
     ) -> None:
         size = config.minibatch_size
-        if num_rows % size:
+        if num_rows < 1 or num_rows % size:
             raise ValueError(
                 f"a collection has {num_rows} rows, which rollout.minibatch_size {size} does not divide: choose one "
                 "that does"
             )
-        unit = config.completions_per_prompt if grouped else 1
-        if size % (world_size * unit):
+        if grouped and num_rows % config.num_prompts:
+            raise ValueError(
+                f"the objective keeps {num_rows} rows of {config.num_prompts} prompts; one whose rows travel in groups "
+                "must keep equally many of each prompt"
+            )
+        # of `completions_per_prompt`, `prepare` may keep fewer
+        self.unit = num_rows // config.num_prompts if grouped else 1
+        if size % (world_size * self.unit):
             raise ValueError(
                 f"rollout.minibatch_size {size} must be a multiple of {world_size} processes"
-                + (f" times {unit} completions a prompt" if grouped else "")
+                + (f" times {self.unit} completions a prompt" if grouped else "")
             )
         self.collect, self.config, self.num_rows, self.grouped = collect, config, num_rows, grouped
         self.rank, self.world_size = rank, world_size
@@ -73,12 +79,28 @@ class RolloutLoader:
         if self.position >= len(self):  # Lightning counts to the length and never asks for one more
             self.finish()
         if self.buffer is None:
-            self.buffer = self.collect(self.collection)
+            self.buffer = self._checked(self.collect(self.collection))
         while self.position < len(self) and not self.stopped:
             batch = self.minibatch(self.position)
             self.position += 1
             yield batch
         self.finish()
+
+    def _checked(self, experience: Experience) -> Experience:
+        """The collection, if `prepare` kept what `num_kept` said."""
+        if experience.num_rows != self.num_rows:
+            raise ValueError(
+                f"a collection has {experience.num_rows} rows after the objective's prepare(), where its num_kept() "
+                f"says {self.num_rows}: the two must agree"
+            )
+        if self.grouped:
+            _, sizes = experience["group"].unique(return_counts=True)
+            if bool((sizes != self.unit).any()):
+                raise ValueError(
+                    f"after the objective's prepare() groups have {sizes.min()} to {sizes.max()} rows: it must keep "
+                    f"equally many of each, here {self.unit}"
+                )
+        return experience
 
     def minibatch(self, position: int) -> Experience:
         """This rank's rows of the minibatch at a position."""
@@ -99,7 +121,7 @@ class RolloutLoader:
         if not self.grouped:
             return rows[:, None]
         order = self.buffer["group"].argsort(stable=True)
-        return rows[order].view(-1, self.config.completions_per_prompt)
+        return rows[order].view(-1, self.unit)
 
     def stop(self) -> None:
         """Leave the rest of this collection unused."""
@@ -118,21 +140,41 @@ class RolloutLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `state_dict`."""
 
-    def snapshot(self, in_flight: int = 0) -> dict[str, Any]:
-        """Collection, position and contents, as plain numbers and tensors.
+    def snapshot(self, in_flight: int = 0, over: bool = False) -> dict[str, Any]:
+        """Collection, position and contents, as plain numbers, tensors and lists; all that `select` serves.
 
         Args:
             in_flight: minibatches served but not yet trained on (an exception may be saving).
+            over: the epoch under way gets nothing more, although Lightning has not counted it yet.
         """
-        state = {"collection": self.collection, "position": self.position - in_flight, "buffer": None, "stopped": False}
-        if self.stopped:
-            return state | {"stopped": True}
-        if self.buffer is None or state["position"] >= len(self):
+        position = self.position - in_flight
+        state = {
+            "collection": self.collection,
+            "position": position,
+            "minibatch_size": self.config.minibatch_size,
+            "buffer": None,
+            "stopped": self.stopped or over,
+        }
+        if state["stopped"]:
+            return state
+        if self.buffer is None or position >= len(self):
             return state | {"collection": self.collection + (self.buffer is not None), "position": 0}
-        return state | {"buffer": {k: v for k, v in self.buffer.items() if isinstance(v, Tensor)}}
+        return state | {"buffer": {k: v for k, v in self.buffer.items() if isinstance(v, Tensor | list)}}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a snapshot."""
+        """Continue from a snapshot.
+
+        Raises:
+            ValueError: in the middle of a collection that was cut into minibatches of another size, or is of another.
+        """
+        if state["buffer"] is not None:
+            there = len(state["buffer"]["tokens"]), int(state["minibatch_size"])
+            if there != (self.num_rows, self.config.minibatch_size):
+                raise ValueError(
+                    f"the checkpoint to resume is in the middle of a collection of {there[0]} rows in minibatches of "
+                    f"{there[1]}; the configuration has {self.num_rows} rows and rollout.minibatch_size "
+                    f"{self.config.minibatch_size}: these can only change between collections"
+                )
         self.collection, self.position = int(state["collection"]), int(state["position"])
         self.buffer = Experience(state["buffer"]) if state["buffer"] is not None else None
         self.stopped = bool(state["stopped"])

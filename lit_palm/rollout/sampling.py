@@ -1,7 +1,7 @@
 """How the next token is drawn: filters over logits, and randomness that comes from counters instead of a generator.
 
-One uniform number is drawn for each row and step, by hashing (the row's seed, the step), and turned into a token through
-the inverse of the cumulative distribution. A row's sample therefore depends on its own seed alone: not on the
+One uniform number is drawn for each row and step, by hashing (the row's seed, the step), and turned into a token
+through the inverse of the cumulative distribution. A row's sample therefore depends on its own seed alone: not on the
 rows beside it, the number of ranks, or what was sampled before; nothing has to be saved to resume.
 
     sampling = Sampling(temperature=0.7, top_p=0.9)
@@ -16,6 +16,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["Sampling", "filter_logits", "row_seeds", "sample", "uniform"]
@@ -23,7 +24,7 @@ __all__ = ["Sampling", "filter_logits", "row_seeds", "sample", "uniform"]
 
 @dataclass
 class Sampling:
-    """How completions are drawn. Filters apply in the order of the fields, as in `transformers`.
+    """How completions are drawn. The penalty applies first, then the fields in their order, as in `transformers`.
 
     Raises:
         ValueError: a field is out of its range.
@@ -38,7 +39,7 @@ class Sampling:
     min_p: float | None = None
     """Keep tokens at least this fraction as likely as the likeliest (Nguyen et al. 2024)."""
     repetition_penalty: float = 1.0
-    """Above 1, makes tokens of the prompt and completion so far less likely (Keskar et al. 2019); before temperature."""
+    """Above 1, makes tokens of the prompt and the completion so far less likely (Keskar et al. 2019)."""
     stop: list[str] = field(default_factory=list)
     """Texts that end a completion; they stay at its end."""
     max_new_tokens: int = 64
@@ -123,8 +124,8 @@ def _nucleus_floor(logits: Tensor, sampling: Sampling, floor: Tensor | None) -> 
         above = probs.cumsum(1) - probs  # probability of the tokens ranked before this one
         kept = above < sampling.top_p
         if width == vocab_size or not bool(kept[:, -1].any()):
-            # the likeliest token is always kept: nothing ranks above it
-            return ranked.gather(1, kept.sum(1, keepdim=True) - 1)
+            # the likeliest token is always kept: nothing ranks above it (save when logits are not numbers)
+            return ranked.gather(1, (kept.sum(1, keepdim=True) - 1).clamp_(min=0))
         width = min(width * 8, vocab_size)
 
 
@@ -138,10 +139,26 @@ def sample(weights: Tensor, uniforms: Tensor) -> Tensor:
     Returns:
         [B] long.
     """
+    if weights.device.type == "mps":  # has no float64
+        return sample(weights.cpu(), uniforms.cpu()).to(weights.device)
+    if weights.shape[1] <= 1024:
+        return _invert(weights, uniforms)[0].squeeze(1)
+    # a running sum over a large vocabulary is slow: find the block that holds the token, then the token in the block
+    blocks = F.pad(weights, (0, -weights.shape[1] % 64)).view(len(weights), -1, 64)
+    share = blocks.sum(2)
+    block, total, goal = _invert(share, uniforms)
+    # how far into the block the goal lies, from 0 up to, not including, 1
+    inside = 1 - (total.gather(1, block) - goal) / share.gather(1, block)
+    members = blocks[torch.arange(len(weights), device=weights.device), block.squeeze(1)]
+    return (block * 64 + _invert(members, inside.squeeze(1).clamp_(0.0, 1 - 2.0**-52))[0]).squeeze(1)
+
+
+def _invert(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """First index whose cumulative weight exceeds u times the sum, [B, 1]; the cumulative weights; u times the sum."""
     total = weights.cumsum(1, dtype=torch.float64)
     goal = uniforms[:, None] * total[:, -1:]
-    # the first token whose cumulative weight exceeds the goal
-    return torch.searchsorted(total, goal, right=True).squeeze(1)
+    # only weights that are not a number run past the end
+    return torch.searchsorted(total, goal, right=True).clamp_(max=weights.shape[1] - 1), total, goal
 
 
 _GAMMA = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number; int64 arithmetic wraps
@@ -166,7 +183,8 @@ def uniform(seeds: Tensor, step: int | Tensor) -> Tensor:
     Returns:
         float64 in [0, 1), in steps of 2^-52.
     """
-    bits = _mix(seeds + (step + 1) * _GAMMA)
+    counter = torch.as_tensor(step, device=seeds.device) + 1
+    bits = _mix(seeds + counter * _GAMMA)
     return ((bits >> 12) & 0xFFFFFFFFFFFFF).double() * 2.0**-52
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -25,9 +26,7 @@ def windows(lengths: list[int], room: int, packed: bool) -> tuple[Windows, np.nd
 
 @settings(max_examples=150, deadline=None)
 @given(lengths=documents, room=st.integers(2, 17), packed=st.booleans())
-def test_every_token_but_the_first_of_a_document_is_a_target_once(
-    lengths: list[int], room: int, packed: bool
-) -> None:
+def test_every_token_but_the_first_of_a_document_is_a_target_once(lengths: list[int], room: int, packed: bool) -> None:
     rows, tokens = windows(lengths, room, packed)
     batch = rows.collate(np.arange(len(rows)))
     firsts = set((np.cumsum(lengths) - lengths).tolist())
@@ -67,29 +66,17 @@ def test_packing_holds_every_piece_once_and_wastes_little(room: int, data: st.Da
     lengths = np.asarray(data.draw(st.lists(st.integers(1, room), max_size=60)), np.int64)
     order, offsets = pack(lengths, room)
     assert sorted(order.tolist()) == list(range(len(lengths)))
-    fills = [int(lengths[order[a:b]].sum()) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    fills = [int(lengths[order[a:b]].sum()) for a, b in pairwise(offsets)]
     assert all(0 < fill <= room for fill in fills)
-    # best-fit decreasing needs at most 11/9 of the optimum and one window more (Johnson 1973)
-    assert len(fills) <= 11 / 9 * np.ceil(lengths.sum() / room) + 1 or _optimum_is_larger(lengths, room, len(fills))
+    # any-fit packing opens a window only when no other has room: two windows never fit into one
+    assert len(fills) < 2 or sum(sorted(fills)[:2]) > room
 
 
-def _optimum_is_larger(lengths: np.ndarray, room: int, count: int) -> bool:
-    """No two pieces above half the room share a window: a second lower bound on the optimum."""
-    return count <= 11 / 9 * max(int((lengths > room / 2).sum()), int(np.ceil(lengths.sum() / room))) + 1 or count <= (
-        11 / 9 * _first_fit(lengths, room) + 1
-    )
-
-
-def _first_fit(lengths: np.ndarray, room: int) -> int:
-    left: list[int] = []
-    for length in sorted(lengths.tolist(), reverse=True):
-        for i, space in enumerate(left):
-            if space >= length:
-                left[i] -= length
-                break
-        else:
-            left.append(room - length)
-    return len(left)
+def test_packing_wastes_almost_nothing_on_short_documents() -> None:
+    lengths = np.random.default_rng(0).integers(5, 60, 2000)
+    _, offsets = pack(lengths, 64)
+    # measured .980; filling windows in the order of the data gives .743
+    assert lengths.sum() / (64 * (len(offsets) - 1)) > 0.97
 
 
 def test_a_blank_row_has_no_weight() -> None:

@@ -72,3 +72,32 @@ def test_the_epoch_is_read_when_the_first_batch_is_asked_for() -> None:
 def test_batch_size_must_be_positive() -> None:
     with pytest.raises(ValueError, match="batch_size is 0"):
         loader(3, 0)
+
+
+def test_length_window_sorts_within_windows_and_loses_nothing() -> None:
+    lengths = np.random.default_rng(0).integers(1, 100, 103)
+    batches = []
+
+    def collate(elements: np.ndarray, blank: bool) -> None:
+        batches.append(elements)
+
+    loader = CountedLoader(103, 4, collate, shuffle=True, lengths=lengths, length_window=8)
+    list(loader)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(103))
+    spread = np.mean([np.ptp(lengths[b]) for b in batches])
+    plain: list[np.ndarray] = []
+    list(CountedLoader(103, 4, lambda e, blank: plain.append(e), shuffle=True))
+    assert spread < 0.5 * np.mean([np.ptp(lengths[b]) for b in plain])
+    # a window's batches are not in the order of their length
+    means = [lengths[b].mean() for b in batches[:8]]
+    assert means != sorted(means)
+    # two processes are one process of twice the batch, cut in two
+    one: list[np.ndarray] = []
+    list(CountedLoader(103, 4, lambda e, b: one.append(e), shuffle=True, lengths=lengths, length_window=8))
+    halves: list[list[np.ndarray]] = [[], []]
+    for rank in (0, 1):
+        store = halves[rank]
+        options = {"shuffle": True, "lengths": lengths, "length_window": 8, "ranks": lambda r=rank: (r, 2)}
+        list(CountedLoader(103, 2, lambda e, b, s=store: s.append(e), **options))
+    joined = [np.concatenate(pair).tolist() for pair in zip(*halves, strict=True)]
+    assert joined[:-1] == [b.tolist() for b in one[:-1]]

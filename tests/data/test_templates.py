@@ -55,9 +55,7 @@ def test_text_equals_transformers(bpe: BPETokenizer, name: str, generation: bool
         expected = theirs(bpe, TEMPLATES[name]).apply_chat_template(
             messages, tokenize=False, add_generation_prompt=generation
         )
-        ours = render(
-            messages, TEMPLATES[name], add_generation_prompt=generation, bos_token="<bos>", eos_token="<eos>"
-        )
+        ours = render(messages, TEMPLATES[name], add_generation_prompt=generation, bos_token="<bos>", eos_token="<eos>")
         assert ours.text == expected
 
 

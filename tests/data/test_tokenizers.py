@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lit_palm.data.tokenizers import (
     BPETokenizer,
@@ -128,6 +131,27 @@ def test_any_transformers_folder_loads(tmp_path: Path) -> None:
     assert load_tokenizer(str(tmp_path / "hf" / "tokenizer.json")).encode_batch(TEXTS) == expected
 
 
+def test_bytes_of_vocabularies_that_are_not_byte_level() -> None:
+    text = "the film é is good, the film is not"
+    spaced = Backend(models.BPE(unk_token="<unk>", byte_fallback=True))
+    spaced.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    pieces = ["<unk>", "<eos>", *(f"<0x{i:02X}>" for i in range(256))]
+    spaced.train_from_iterator(
+        [text.replace("é", "e")] * 5, trainers.BpeTrainer(vocab_size=300, special_tokens=pieces[:2])
+    )
+    vocabulary = {**spaced.get_vocab(), **{p: len(spaced.get_vocab()) + i for i, p in enumerate(pieces[2:])}}
+    merges = [tuple(m) for m in json.loads(spaced.to_str())["model"]["merges"]]
+    spaced.model = models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True)
+    words = Backend(models.WordPiece(unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.decoder = decoders.WordPiece()
+    words.train_from_iterator([text] * 5, trainers.WordPieceTrainer(vocab_size=60, special_tokens=["<unk>", "<eos>"]))
+    for backend, extra in ((spaced, 0), (words, 2)):  # WordPiece: each word counts the space before it, "good" and ","
+        tokenizer = HFTokenizer.from_json(backend.to_str(), "made here")
+        ids = tokenizer.encode(text)
+        assert int(tokenizer.num_bytes()[ids].sum()) == len(text.encode()) + extra
+
+
 def test_a_tokenizer_without_padding_never_pads_with_eos(tmp_path: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=BPE.backend, eos_token="<eos>").save_pretrained(tmp_path)
     tokenizer = load_tokenizer(str(tmp_path))
@@ -140,7 +164,15 @@ def test_constructors_read_nothing() -> None:
     assert not BPETokenizer().trained
 
 
-def test_faults_say_what_to_do(tmp_path: Path) -> None:
+def test_faults_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = AutoTokenizer.from_pretrained
+
+    def offline(name: str, **options: Any) -> Any:  # what a hub that cannot be reached does, without its retries
+        if not Path(name).exists():
+            raise OSError("offline")
+        return real(name, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", offline)
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "other.json").write_text("{}")
     torch.save({"state_dict": {}}, tmp_path / "plain.ckpt")
@@ -148,6 +180,7 @@ def test_faults_say_what_to_do(tmp_path: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=BPE.backend).save_pretrained(tmp_path / "no_eos")
     for name, words in {
         str(tmp_path / "missing.json"): "does not exist",
+        str(tmp_path / "missing" / "folder"): "does not exist",
         str(tmp_path / "broken.json"): "not JSON",
         str(tmp_path / "other.json"): "neither",
         str(tmp_path / "plain.ckpt"): "carries no tokenizer",

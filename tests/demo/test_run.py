@@ -1,0 +1,55 @@
+"""The recipes as a user runs them: the commands, where they write, and a short run of everything that needs no download."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_palm.demo.run import addition_recipe, overrides, ratings_recipe, relocate
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_configuration_a_recipe_names_exists() -> None:
+    for _, command in [*ratings_recipe(), *addition_recipe()]:
+        for argument in command:
+            if argument.endswith(".yaml"):
+                assert (ROOT / argument).is_file(), argument
+
+
+def test_relocate_moves_every_path_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    target = str(tmp_path / "elsewhere")
+    for _, command in ratings_recipe():
+        moved = relocate(command, "runs/demo", target)
+        assert not any("runs/demo/" in argument for argument in moved), moved
+        for argument in moved:
+            if argument.endswith(".yaml"):
+                assert "runs/demo/" not in str(yaml.safe_load(Path(argument).read_text()))
+
+
+def test_overrides_set_the_seed_of_every_random_choice() -> None:
+    fits = [c for _, c in ratings_recipe() if c[:2] == ["lit-palm", "fit"]]
+    for command in fits:
+        extra = overrides(command, seed=3, fast=False)
+        assert "--seed_everything=3" in extra and "--data.seed=3" in extra
+        assert ("--model.rollout.seed=3" in extra) == ("ppo" in command[3])
+        assert overrides(command, seed=0, fast=False) == []
+
+
+def test_short_run_of_the_addition_recipe(tmp_path: Path) -> None:
+    target = tmp_path / "addition"
+    command = [sys.executable, "-m", "lit_palm.demo", "run", "--recipe", "addition", "--fast", "--folder", str(target)]
+    environment = os.environ | {"LIT_PALM_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    seconds = json.loads((target / "seconds.json").read_text())
+    assert set(seconds) == {"total", *(stage for stage, _ in addition_recipe())}
+    assert (target / "ppo" / "last.ckpt").is_file()
+    assert list(target.rglob("events.out.tfevents.*")), "no TensorBoard files"
