@@ -39,6 +39,7 @@ def _quiet() -> None:
         ".*You're resuming from a checkpoint that ended before the epoch ended.*",  # ours do resume exactly
         ".*The number of training batches.*is smaller than the logging interval.*",
         ".*in eval mode at the start of training.*",
+        ".*Total length of `list` across ranks is zero.*",  # no validation data
     ):
         warnings.filterwarnings("ignore", message)
     for name in (

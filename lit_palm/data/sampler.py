@@ -91,6 +91,8 @@ class CountedLoader:
         self.epoch = epoch
         self.lengths, self.length_window = lengths, length_window
         self._resume = (epoch, batch)
+        self._current: NDArray[np.int64] = np.arange(0)
+        self._next = 0
 
     @property
     def batch_sampler(self) -> Any:
@@ -118,14 +120,23 @@ class CountedLoader:
         epoch, start = self.epoch, 0
         if epoch == self._resume[0]:
             start = self._resume[1]
-        rank, world = self.ranks()
-        order = self._order(epoch, self.batch_size * world)
+        self._current = self._order(epoch, self.batch_size * self.ranks()[1])
         for batch in range(start, len(self)):
-            together = order[batch * self.batch_size * world :][: self.batch_size * world]
-            mine = np.array_split(together, world)[rank]
-            yield self.collate(mine, False) if len(mine) else self.collate(together[:1], True)
+            self._next = batch + 1
+            yield self._batch(batch)
         self._resume = (-1, 0)
         self.epoch = epoch + 1
+
+    def _batch(self, batch: int) -> Any:
+        rank, world = self.ranks()
+        together = self._current[batch * self.batch_size * world :][: self.batch_size * world]
+        mine = np.array_split(together, world)[rank]
+        return self.collate(mine, False) if len(mine) else self.collate(together[:1], True)
+
+    def upcoming(self, count: int) -> list[Any]:
+        """The next batches of this epoch, at most `count`, without taking them: what a step with several weights
+        needs to know of the rest of its accumulation window."""
+        return [self._batch(batch) for batch in range(self._next, min(self._next + count, len(self)))]
 
     def _order(self, epoch: int, together: int) -> NDArray[np.int64]:
         """The elements of an epoch in the order in which batches of `together` elements are cut from them."""

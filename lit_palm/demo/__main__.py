@@ -97,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--output", type=Path, default=DATA, help="folder to write to (%(default)s)")
     data.add_argument("--cache", type=Path, help="for the download ($LIT_PALM_CACHE/demo or ~/.cache/lit_palm/demo)")
     data.add_argument("--seed", type=int, default=0, help="of splits and pairs (%(default)s)")
-    data.add_argument("--train-rounds", type=int, default=2, help="training pairs of each snippet (%(default)s)")
+    data.add_argument("--train-rounds", type=int, default=4, help="training pairs of each snippet (%(default)s)")
     data.set_defaults(run=run_data)
 
     judge = verbs.add_parser("judge", help=run_judge.__doc__, description=run_judge.__doc__)

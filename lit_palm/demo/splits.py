@@ -50,7 +50,7 @@ class SplitArguments:
     """Share of the movie reviews that the report speaks of."""
     min_gap: float = 1.0
     """Least difference of the mean ratings of a pair."""
-    train_rounds: int = 2
+    train_rounds: int = 4
     """How many training pairs a snippet is part of."""
     held_out_rounds: int = 4
     """How many validation or test pairs a snippet is part of."""

@@ -224,6 +224,8 @@ class Block(nn.Module):
         """[B, T, D] -> [B, T, D]; `rope` and `bias` come from `PaLM.forward`; the cache takes the keys and values."""
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
         qk, v, hidden = split_swiglu(self.attn_ffn_in(self.norm(x_BTD)), self.sizes)
+        if qk.stride(-1) != 1:  # thin_linear's layout, which suits the feed-forward but not attention
+            qk = qk.contiguous()
         q, k = self.queries_and_keys(qk.view(heads), rope)
         out = self.attn_out(self.attend(q, k, v.view(heads), bias, cache)) + self.ffn_out(hidden)
         if self.training and self.dropout:

@@ -76,6 +76,7 @@ class LitModule(LightningModule):
         self.num_tokens_seen: int | Tensor = 0
         self._seed: int | None = None
         self._weight: Tensor | None = None
+        self._term_weights: dict[str, Tensor] = {}
         self._frozen: frozenset[str] = frozenset()
         self._watched: dict[str, list[Tensor]] = {}
 
@@ -93,6 +94,9 @@ class LitModule(LightningModule):
         self.tokenizer = getattr(data, "tokenizer", None) or self.load_tokenizer()
         if self.tokenizer is None or isinstance(self.tokenizer, str):
             raise ValueError("no tokeniser: name one with --data.tokenizer, or a checkpoint with --model.network")
+        # with 16-bit weights Lightning would round what batches hold (old log-probabilities, advantages, returns), and
+        # move the first ratio off 1; networks are given token ids alone
+        self.trainer.precision_plugin.convert_input = _as_it_is  # type: ignore[method-assign]
 
     @property
     def ready_tokenizer(self) -> Tokenizer:
@@ -182,22 +186,19 @@ class LitModule(LightningModule):
 
     def account(self, loss: Loss, batch: Experience) -> Tensor:
         """Add a micro-batch's weight to the optimiser step's, log its metrics, and give the scalar to differentiate.
-
-        Raises:
-            ValueError: the objective has several terms and gradients are accumulated.
         """
         weight = self.objective.weight(batch)
         total = loss.total
         if isinstance(total, dict):
-            # Terms with weights of their own must be divided before backward.
-            if self.trainer.accumulate_grad_batches != 1:
-                raise ValueError(
-                    f"{type(self.objective).__name__} has several loss terms, each with its own weight; these need "
-                    "trainer.accumulate_grad_batches: 1"
-                )
+            # terms with weights of their own are divided before backward, by the weights of the whole step
             assert isinstance(weight, dict)
-            total = torch.stack([term / self._all_sum(weight[name]).clamp(min=1) for name, term in total.items()]).sum()
-            weight = torch.ones((), device=total.device) / self.trainer.world_size
+            first = self._weight is None
+            if first:
+                self._term_weights = self._weights_of_step(weight)
+            parts = [term / self._term_weights[name].clamp(min=1e-8) for name, term in total.items()]
+            total = torch.stack(parts).sum()
+            share = 1 / self.trainer.world_size if first else 0.0
+            weight = torch.tensor(share, dtype=torch.float32, device=total.device)
         assert isinstance(weight, Tensor)
         weight = weight.to(dtype=torch.float32)
         self._weight = weight if self._weight is None else self._weight + weight
@@ -206,13 +207,37 @@ class LitModule(LightningModule):
             value, count = loss.metrics[name]
             self._watched.setdefault(name, []).append(torch.stack([value.float(), count.float()]))
         self.num_tokens_seen = self.num_tokens_seen + batch["mask"].sum()
-        self.log("loss", total.detach() / weight.clamp(min=1e-8), prog_bar=True, batch_size=1)
+        value = total.detach() if isinstance(loss.total, dict) else total.detach() / weight.clamp(min=1e-8)
+        self.log("loss", value, prog_bar=True, batch_size=1)
         for name, (value, count) in loss.metrics.items():
             self.log(name, value / count.clamp(min=1), prog_bar=name in self.progress_metrics, batch_size=1)
         return total
 
     progress_metrics: ClassVar[tuple[str, ...]] = ()
     """Metrics shown beside the loss in the progress bar."""
+
+    def _weights_of_step(self, weight: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of every term over all micro-batches and ranks of the optimiser step that begins.
+
+        Raises:
+            ValueError: gradients are accumulated over a dataloader that cannot look ahead.
+        """
+        loop = self.trainer.fit_loop.epoch_loop
+        left = int(self.trainer.num_training_batches) - loop.batch_progress.current.ready
+        rest = min(self.trainer.accumulate_grad_batches - 1, left)
+        loader = self.trainer.train_dataloader
+        if rest > 0 and not hasattr(loader, "upcoming"):
+            raise ValueError(
+                f"{type(self.objective).__name__} has several loss terms with weights of their own; to accumulate "
+                "gradients the dataloader must look ahead, as those of lit_palm's data modules do: use one of these, or "
+                "trainer.accumulate_grad_batches 1"
+            )
+        sums = {name: value.float() for name, value in weight.items()}
+        for batch in loader.upcoming(rest) if rest > 0 else []:
+            others = self.objective.weight(batch)
+            assert isinstance(others, dict)
+            sums = {name: value + others[name].to(value) for name, value in sums.items()}
+        return {name: self._all_sum(value) for name, value in sums.items()}
 
     def _all_sum(self, value: Tensor) -> Tensor:
         if self.trainer.world_size == 1:
@@ -325,10 +350,16 @@ class LitModule(LightningModule):
     def log_means(self, metrics: dict[str, tuple[Tensor, Tensor]], prefix: str) -> None:
         """Log sums and counts of a validation batch so that the epoch's value is the mean over everything."""
         for name, (value, count) in metrics.items():
-            size = max(int(count), 0)
-            if size:
-                self.log(f"{prefix}{name}", value / count, on_step=False, on_epoch=True, batch_size=size, sync_dist=True,
-                         prog_bar=name in self.progress_metrics)
+            # a process whose rows are all fillers logs too, with no weight: all must log the same names
+            self.log(
+                f"{prefix}{name}",
+                value / count.clamp(min=1),
+                on_step=False,
+                on_epoch=True,
+                batch_size=int(count),
+                sync_dist=True,
+                prog_bar=name in self.progress_metrics,
+            )
 
     @property
     def network_config(self) -> NetworkConfig:
@@ -348,6 +379,10 @@ class LitModule(LightningModule):
     def context_length(self) -> int:
         """Longest sequence the network takes, in tokens."""
         return self.network_config.max_length
+
+
+def _as_it_is(data: Any) -> Any:
+    return data
 
 
 def _local(grad: Tensor) -> Tensor:

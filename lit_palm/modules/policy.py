@@ -248,6 +248,8 @@ class LitPolicy(LitModule):
             }
             for i in real
         ]
+        if not prompts:
+            return []
         experience, scored, _ = sample(self, prompts, batch["row"][real], VALIDATION)
 
         def compute(rows: Experience) -> dict[str, Tensor]:
@@ -294,8 +296,9 @@ class LitPolicy(LitModule):
             columns["reward"] = [r["reward"] for r in rows]
             for reward in self.rewards:
                 columns[f"rewards/{reward.name}"] = [r["rewards"][reward.name] for r in rows]
-        count = torch.tensor(len(rows))
-        self.log_means({k: (torch.tensor(v, device=self.device).sum(), count) for k, v in columns.items()}, prefix)
+        count = torch.tensor(len(rows), device=self.device)
+        sums = {k: torch.tensor(v, dtype=torch.float32, device=self.device).sum() for k, v in columns.items()}
+        self.log_means({k: (total, count) for k, total in sums.items()}, prefix)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Completions of a batch of prompts with their rewards and divergence."""

@@ -81,6 +81,7 @@ class Rollouts:
         if not self.checked:
             self.checked = True
             self.metrics["startup/max_logratio"] = check_first_ratio(module, experience)
+        del experience["engine_logps"]  # the ratio's denominator is what training itself computes
         module.samples = as_samples(batch, experience if module.trainer.world_size == 1 else None)
         experience = module.objective.prepare(experience)
         self.metrics |= experience.get("metrics", {})
@@ -155,6 +156,8 @@ def sample(
     )
     seconds = {"time/rollout_s": time.perf_counter() - start}
     experience = assemble(ids, generation, tokenizer.pad_id, rows, rows // copies)
+    experience["engine_logps"] = torch.zeros(experience["tokens"].shape, dtype=torch.float32)
+    experience["engine_logps"][experience["loss_mask"]] = torch.cat(generation.logps).float()
     names = sorted({k for p in prompts for k in p["columns"]})
     batch = RewardBatch(
         prompts=[p["prompt"] for p in prompts],

@@ -178,7 +178,7 @@ class _Batch:
         if self.device.type != "mps":  # has no float64
             self.uniforms = self.uniforms.to(self.device)
         self.tokens = torch.full((steps, num_rows), pad_id, dtype=torch.long, device=self.device)
-        self.logps = torch.zeros(steps, num_rows, device=self.device)
+        self.logps = torch.zeros(steps, num_rows, dtype=torch.float32, device=self.device)
         self.lengths = [steps] * num_rows
         self.reasons = ["length"] * num_rows
         self.texts: list[list[int]] = [[] for _ in prompts]
@@ -259,7 +259,7 @@ class _Batch:
         if self.seen is not None:
             self.seen[torch.arange(len(tokens), device=self.device), tokens] = True
         logps = (scaled.gather(1, tokens[:, None]) - peak).squeeze(1) - norm.log()
-        return tokens, logps
+        return tokens, logps.float()
 
     def without_eos(self, logits: Tensor) -> Tensor:
         """The logits with EOS excluded."""

@@ -114,6 +114,10 @@ class RolloutLoader:
         rows = order[index * count : (index + 1) * count][self.rank :: self.world_size].flatten()
         return self.buffer.select(rows)
 
+    def upcoming(self, count: int) -> list[Experience]:
+        """The next minibatches of this collection, at most `count`, without taking them."""
+        return [self.minibatch(p) for p in range(self.position, min(self.position + count, len(self)))]
+
     def _units(self) -> Tensor:
         """Row numbers [U, n] that travel together."""
         assert self.buffer is not None

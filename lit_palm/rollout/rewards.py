@@ -140,7 +140,7 @@ class RewardModel(Reward):
         training = network.training
         network.eval()
         try:
-            scores = torch.zeros(len(lengths), device=device)
+            scores = torch.zeros(len(lengths), dtype=torch.float32, device=device)
             for rows in torch.argsort(lengths, descending=True, stable=True).split(self.batch_size):
                 last = lengths[rows] - 1
                 tokens = batch.tokens[rows, : int(last.max()) + 1].to(device)
@@ -252,7 +252,7 @@ def total_reward(rewards: Sequence[Reward], batch: RewardBatch) -> tuple[Tensor,
     """
     if not rewards:
         raise ValueError("there is no reward to optimise: name at least one under `rewards`")
-    total = torch.zeros(len(batch), device=batch.tokens.device)
+    total = torch.zeros(len(batch), dtype=torch.float32, device=batch.tokens.device)
     values: dict[str, Tensor] = {}
     for reward in rewards:
         if reward.name in values:

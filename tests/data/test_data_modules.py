@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 import lit_palm.data
 from lit_palm.data import DemonstrationData, PreferenceData, PromptData, TextData, TokenizedData
 from lit_palm.data.tokenizers import BPETokenizer, ByteTokenizer
-from lit_palm.modules.resume import repair_epoch_end
+from lit_palm.modules.resume import settle
 
 TEXTS = [f"film {i} is " + "good " * (i % 5) for i in range(23)]
 ALL = [TextData, DemonstrationData, PreferenceData, PromptData]
@@ -41,8 +41,8 @@ class Recorder(LightningModule):
     def validation_step(self, batch: Any, index: int) -> None:
         self.validated += batch.num_rows
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        repair_epoch_end(checkpoint)  # as lit_palm's own modules do
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        settle(self.trainer, checkpoint)  # as lit_palm's own modules do
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters())

@@ -151,8 +151,7 @@ def test_the_loss_is_a_sum_and_not_a_mean(case: tuple) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(cuts=st.sets(st.integers(1, 5)), order=st.permutations(range(6)), garbage=st.sampled_from([0.0, -1e30, 1e30]))
-def test_ppo_is_invariant_to_every_partition(
-    cuts: set[int], order: list[int], garbage: float) -> None:
+def test_ppo_is_invariant_to_every_partition(cuts: set[int], order: list[int], garbage: float) -> None:
     objective = PPO(kl_in="loss", kl_estimator="k2", dual_clip=2.0)
     experience = objective.prepare(rollouts(garbage=garbage))
     output = policy_output(experience, garbage=garbage)

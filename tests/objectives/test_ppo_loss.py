@@ -62,8 +62,7 @@ def slow_loss(objective: PPO, experience: Experience, output: Output) -> tuple[f
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_the_loss_matches_a_loop_over_tokens(
-    options: dict[str, Any]) -> None:
+def test_the_loss_matches_a_loop_over_tokens(options: dict[str, Any]) -> None:
     objective = PPO(**options)
     experience = objective.prepare(rollouts())
     output = policy_output(experience)
@@ -234,8 +233,7 @@ def test_extreme_ratios_are_finite() -> None:
 
 @pytest.mark.parametrize("garbage", [-1e30, 1e30])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_nothing_outside_the_completions_has_influence(
-    options: dict[str, Any], garbage: float) -> None:
+def test_nothing_outside_the_completions_has_influence(options: dict[str, Any], garbage: float) -> None:
     objective = PPO(**options)
     dirty = objective.prepare(rollouts(garbage=garbage))
     clean = objective.prepare(rollouts())

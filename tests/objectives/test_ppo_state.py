@@ -39,8 +39,7 @@ def step(objective: PPO, seed: int) -> Loss:
     ids=str,
 )
 @pytest.mark.parametrize("stop", [1, 2, 4])
-def test_defect_counters_kl_coefficient_and_moments_lost_on_resume(
-    options: dict[str, Any], stop: int) -> None:
+def test_defect_counters_kl_coefficient_and_moments_lost_on_resume(options: dict[str, Any], stop: int) -> None:
     straight, first, resumed = PPO(**options), PPO(**options), PPO(**options)
     for seed in range(stop):
         step(straight, seed)
@@ -65,8 +64,7 @@ def test_a_fixed_coefficient_is_the_configurations_not_the_checkpoints() -> None
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 3])
-def test_value_warmup_freezes_the_policy_for_so_many_collections(
-    warmup: int) -> None:
+def test_value_warmup_freezes_the_policy_for_so_many_collections(warmup: int) -> None:
     objective = PPO(value_warmup=warmup)
     frozen = [step(objective, seed).frozen for seed in range(5)]
     assert frozen == [frozenset({"policy"})] * warmup + [frozenset()] * (5 - warmup)
