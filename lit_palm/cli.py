@@ -105,9 +105,7 @@ def build_cli() -> type[Any]:
         def instantiate_trainer(self, **kwargs: Any) -> Any:
             config = self._get(self.config_init, "trainer")
             present = [*(config.get("callbacks") or [])]
-            missing = [
-                kind for kind in callbacks.DEFAULTS if not any(isinstance(c, kind.replaces()) for c in present)
-            ]
+            missing = [kind for kind in callbacks.DEFAULTS if not any(isinstance(c, kind.replaces()) for c in present)]
             if config.get("enable_progress_bar") is False:
                 missing = [kind for kind in missing if kind is not callbacks.ProgressBar]
             if config.get("logger") is False:
@@ -119,7 +117,12 @@ def build_cli() -> type[Any]:
             if "weights_only" in kwargs and kwargs["weights_only"] is None:
                 kwargs["weights_only"] = True
             path = kwargs.get("ckpt_path")
-            if path and path not in ("best", "last", "hpc", "registry") and "://" not in path and not os.path.exists(path):
+            if (
+                path
+                and path not in ("best", "last", "hpc", "registry")
+                and "://" not in path
+                and not os.path.exists(path)
+            ):
                 raise ValueError(f"--ckpt_path {path}: there is no such checkpoint")
             if subcommand == "predict":
                 kwargs["return_predictions"] = False

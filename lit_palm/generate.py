@@ -1,7 +1,7 @@
 """`lit-palm generate` and `lit-palm export`: what to do with a checkpoint when no Trainer is needed.
 
-    lit-palm generate --checkpoint runs/demo/ppo/last.ckpt --prompt "The film" --max_new_tokens 40
-    lit-palm generate --checkpoint runs/demo/ppo/last.ckpt --file prompts.txt --output completions.jsonl
+lit-palm generate --checkpoint runs/demo/ppo/last.ckpt --prompt "The film" --max_new_tokens 40
+lit-palm generate --checkpoint runs/demo/ppo/last.ckpt --file prompts.txt --output completions.jsonl
 """
 
 from __future__ import annotations

@@ -14,12 +14,14 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lit_palm.callbacks import LastCheckpoint
 from lit_palm.data import DemonstrationData, PreferenceData, PromptData, TextData
+from lit_palm.data.tokenizers import ByteTokenizer
 from lit_palm.models.palm import PaLMConfig
 from lit_palm.modules import LitLanguageModel, LitPolicy, LitRewardModel
 from lit_palm.objectives import PPO
 from lit_palm.rollout.collector import RolloutConfig
-from lit_palm.rollout.rewards import PythonReward
+from lit_palm.rollout.rewards import PythonReward, RewardModel
 from lit_palm.rollout.sampling import Sampling
 
 WORDS = "the cat sat on a warm mat and saw nine small birds fly over tall trees".split()
@@ -184,3 +186,20 @@ def recorded(module: Any) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         del module.training_step
+
+
+def make_stages(folder: Path) -> dict[str, Path]:
+    """A checkpoint of every stage, each taking network, tokeniser and template from the one before it."""
+    tokenizer = ByteTokenizer(chat_template="{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}")
+    stages = {name: folder / name / "last.ckpt" for name in ("language_model", "reward_model", "policy")}
+    source = str(stages["language_model"])
+
+    def fit(name: str, module: Any, data: Any) -> None:
+        run = trainer(folder, callbacks=[LastCheckpoint(str(stages[name].parent))], max_epochs=1)
+        run.fit(module, datamodule=data)
+
+    fit("language_model", language_model(), text_data(folder, tokenizer=tokenizer))
+    fit("reward_model", reward_model(network=source, calibrate="whiten"), ranking_data(folder, tokenizer=None))
+    rewards = [RewardModel(str(stages["reward_model"]))]
+    fit("policy", policy(network=source, rewards=rewards), prompt_data(folder, tokenizer=None))
+    return stages

@@ -103,17 +103,22 @@ class _ChunkedLogProbs(torch.autograd.Function):
             del log_p
         results = [torch.cat(part) for part in (logps, entropies, norms) if part]
         ctx.chunk, ctx.entropy, ctx.log_z = chunk, entropy, log_z
+        ctx.set_materialize_grads(False)  # an entropy that is only looked at costs nothing in backward
         ctx.save_for_backward(hidden, weight, targets, kept, results[1] if entropy else None)
         return tuple(results)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, kept, entropies = ctx.saved_tensors
         left = list(grads)
         d_logp = left.pop(0)
+        if d_logp is None:
+            wide = torch.promote_types(hidden.dtype, torch.float32)
+            d_logp = torch.zeros(len(targets), dtype=wide, device=hidden.device)
         d_entropy = left.pop(0) if ctx.entropy else None
-        on_p = -d_logp if not ctx.log_z else left.pop(0) - d_logp
+        d_log_z = left.pop(0) if ctx.log_z else None
+        on_p = -d_logp if d_log_z is None else d_log_z - d_logp
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight: Tensor | None = None

@@ -225,7 +225,7 @@ class Block(nn.Module):
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
         qk, v, hidden = split_swiglu(self.attn_ffn_in(self.norm(x_BTD)), self.sizes)
         if qk.stride(-1) != 1:  # thin_linear's layout, which suits the feed-forward but not attention
-            qk = qk.contiguous()
+            qk, v = qk.contiguous(), v.contiguous()
         q, k = self.queries_and_keys(qk.view(heads), rope)
         out = self.attn_out(self.attend(q, k, v.view(heads), bias, cache)) + self.ffn_out(hidden)
         if self.training and self.dropout:

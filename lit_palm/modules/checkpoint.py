@@ -28,7 +28,6 @@ import importlib
 import io
 import json
 import os
-import pickle
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,19 +108,22 @@ def _load_file(path: str) -> dict[str, Any]:
         raw = file.read() if "://" in path else None
     try:
         source: Any = io.BytesIO(raw) if raw is not None else path
-        loaded = torch.load(source, map_location="cpu", weights_only=True, mmap=raw is None and zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, UnicodeDecodeError, ValueError) as error:
+        loaded = torch.load(
+            source, map_location="cpu", weights_only=True, mmap=raw is None and zipfile.is_zipfile(path)
+        )
+    except Exception as error:  # the unpickler raises whatever it stumbles over
+        why = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{path}: not a safe checkpoint ({str(error).splitlines()[0]}). lit_palm loads files made of tensors and "
-            "plain data only; a pickle from elsewhere can run any code when it is opened. Convert it to safetensors "
-            "with the tool that made it."
+            f"{path}: not a safe checkpoint ({why}). lit_palm loads files made of tensors and plain data only, and whole "
+            "ones; a pickle from elsewhere can run any code when it is opened: convert it to safetensors with the tool "
+            "that made it"
         ) from error
     if not isinstance(loaded, dict):
         raise ValueError(f"{path}: holds a {type(loaded).__name__}, not a lit_palm checkpoint")
     return loaded
 
 
-def _load_sharded(path: str) -> dict[str, Any]:
+def _load_shards(path: str) -> dict[str, Tensor]:
     """A directory of `torch.distributed.checkpoint` shards, as Lightning's sharded strategies write it."""
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
@@ -129,31 +131,50 @@ def _load_sharded(path: str) -> dict[str, Any]:
 
     state: dict[str, Any] = {}
     _load_state_dict(state, storage_reader=FileSystemReader(path), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
-    meta = _load_file(os.path.join(path, "meta.pt"))
-    return {**meta, "state_dict": {k.removeprefix("_forward_module."): v for k, v in state["state_dict"].items()}}
+    return {k.removeprefix("_forward_module."): v for k, v in state["state_dict"].items()}
 
 
-def _load_folder(path: str) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    with open(os.path.join(path, "config.json")) as file:
-        header = json.load(file)
-    if "networks" not in header:
+def _folder_header(path: str) -> dict[str, Any]:
+    try:
+        with fsspec.open(f"{path}/config.json", "rt", encoding="utf-8") as file:
+            header = json.load(file)
+    except ValueError as error:
+        raise ValueError(f"{path}/config.json: not JSON ({error})") from error
+    if not isinstance(header, dict) or "networks" not in header:
         raise ValueError(f"{path}/config.json: has no `networks`; it is not a folder that lit_palm exported")
+    return header
+
+
+def _folder_weights(path: str, header: dict[str, Any]) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load, load_file
+
     weights: dict[str, Tensor] = {}
     for role in header["networks"]:
-        for name, tensor in load_file(os.path.join(path, f"{role}.safetensors")).items():
-            weights[f"networks.{role}.{name}"] = tensor
-    return {"lit_palm": header, "state_dict": weights}
+        name = f"{path}/{role}.safetensors"
+        try:
+            if "://" in name:
+                with fsspec.open(name, "rb") as file:
+                    tensors = load(file.read())
+            else:
+                tensors = load_file(name)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{name}: cannot be read as safetensors ({error}); export the checkpoint again") from error
+        weights |= {f"networks.{role}.{k}": v for k, v in tensors.items()}
+    return weights
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def read_checkpoint(path: str | os.PathLike[str], header_only: bool = False) -> Checkpoint:
     """Read a checkpoint file, a sharded directory or an exported folder, from disk or any fsspec URL.
+
+    Args:
+        path: what to read.
+        header_only: leave weights out where they are in files of their own.
 
     Raises:
         ValueError: it does not exist, is not safe to load, is not a lit_palm checkpoint, or has another format.
     """
-    path = os.fspath(path)
+    path = os.fspath(path).rstrip("/")
     filesystem, inner = fsspec.core.url_to_fs(path)
     if not filesystem.exists(inner):
         hint = ""
@@ -164,9 +185,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise ValueError(f"checkpoint {path!r} does not exist{hint}. Run the stage that writes it first.")
     if filesystem.isdir(inner):
         if filesystem.exists(f"{inner}/config.json"):
-            loaded = _load_folder(path)
+            header = _folder_header(path)
+            loaded = {"lit_palm": header, "state_dict": {} if header_only else _folder_weights(path, header)}
         elif filesystem.exists(f"{inner}/meta.pt"):
-            loaded = _load_sharded(path)
+            loaded = {**_load_file(f"{path}/meta.pt"), "state_dict": {} if header_only else _load_shards(path)}
         else:
             raise ValueError(f"{path}: a directory with neither config.json nor meta.pt is not a checkpoint")
     else:
@@ -188,7 +210,7 @@ def load_checkpoint_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     Raises:
         ValueError: as `read_checkpoint`, or it carries none.
     """
-    tokenizer = read_checkpoint(path).tokenizer
+    tokenizer = read_checkpoint(path, header_only=True).tokenizer
     if tokenizer is None:
         raise ValueError(f"{path}: carries no tokeniser; name one with --data.tokenizer")
     return tokenizer
@@ -200,7 +222,7 @@ def read_config(path: str | os.PathLike[str]) -> NetworkConfig:
     Raises:
         ValueError: as `read_checkpoint`.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, header_only=True)
     return config_from_dict(next(iter(checkpoint.header["networks"].values())), os.fspath(path))
 
 
@@ -212,21 +234,34 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor], where: str) -> 
     """
     own = network.state_dict()
     missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    wrong = [f"{k}: {tuple(weights[k].shape)} there, {tuple(own[k].shape)} here"
-             for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
+    wrong = [
+        f"{k}: {tuple(weights[k].shape)} there, {tuple(own[k].shape)} here"
+        for k in own.keys() & weights.keys()
+        if own[k].shape != weights[k].shape
+    ]
     if missing or unknown or wrong:
-        parts = [f"{label} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
-                 for label, names in (("lacks", missing), ("has unknown", unknown), ("differs in", sorted(wrong))) if names]
+        parts = [
+            f"{label} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+            for label, names in (("lacks", missing), ("has unknown", unknown), ("differs in", sorted(wrong)))
+            if names
+        ]
         raise ValueError(f"{where}: does not fit the network: {'; '.join(parts)}. Was it written with another shape?")
     network.load_state_dict(weights)
 
 
-def load_network(path: str | os.PathLike[str], role: Role = "policy") -> Network | ScalarNetwork:
+def load_network(
+    path: str | os.PathLike[str], role: Role = "policy", overrides: dict[str, Any] | None = None
+) -> Network | ScalarNetwork:
     """Build the network of a role from a checkpoint and load its weights.
 
     A `policy` is a language model (the language model and the policy module both call it that); `reward` and `value`
     are scalar networks. A value network may be taken from a reward model, or from a language model (its trunk, with a
     fresh head); a reward only from a reward model, since a fresh head would score at random.
+
+    Args:
+        path: checkpoint file, sharded directory or exported folder.
+        role: what the network is to be.
+        overrides: fields of its configuration to change, such as dropout; only those that no weight depends on.
 
     Raises:
         ValueError: as `read_checkpoint`, or the checkpoint has no network that can play the role.
@@ -237,7 +272,14 @@ def load_network(path: str | os.PathLike[str], role: Role = "policy") -> Network
     source = next((s for s in sources if s in networks), None)
     if source is None:
         raise ValueError(f"{path}: holds {', '.join(networks)}, none of which can be used as {role}")
-    network: Network = config_from_dict(networks[source], os.fspath(path)).build()
+    config = config_from_dict(networks[source], os.fspath(path))
+    fixed = sorted((overrides or {}).keys() - config.CHANGEABLE)
+    if fixed:
+        raise ValueError(
+            f"{path}: {', '.join(fixed)} cannot be changed once a network is trained; what can be is "
+            f"{', '.join(sorted(config.CHANGEABLE))}"
+        )
+    network = dataclasses.replace(config, **(overrides or {})).build()  # type: ignore[type-var]
     weights = checkpoint.weights(source)
     if role == "policy":
         load_weights(network, weights, os.fspath(path))

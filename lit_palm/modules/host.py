@@ -25,6 +25,7 @@ from lit_palm.data.tokenizers import Tokenizer
 from lit_palm.models.base import Network, NetworkConfig
 from lit_palm.modules import resume
 from lit_palm.modules.checkpoint import FORMAT, config_to_dict, load_checkpoint_tokenizer, load_network, read_config
+from lit_palm.modules.means import Means
 from lit_palm.objectives.base import Kind, Objective
 from lit_palm.types import Experience, Loss
 from lit_palm.version import __version__
@@ -47,6 +48,7 @@ class LitModule(LightningModule):
         optimizer: takes parameter groups, returns the optimiser.
         scheduler: takes the optimiser, returns a learning-rate schedule, advanced by optimiser step.
         clip_per_network: clip each network's gradient by its own norm rather than all together.
+        overrides: fields to change in the configuration of the checkpoint's network, such as `dropout`.
     """
 
     kind: ClassVar[Kind]
@@ -58,6 +60,7 @@ class LitModule(LightningModule):
         optimizer: OptimizerCallable = default_optimizer,
         scheduler: LRSchedulerCallable | None = None,
         clip_per_network: bool = False,
+        overrides: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if objective.kind != self.kind:
@@ -70,10 +73,14 @@ class LitModule(LightningModule):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.clip_per_network = clip_per_network
+        self.overrides = overrides or {}
+        if self.overrides and not isinstance(network, str):
+            raise ValueError("model.overrides changes a checkpoint's network; a new one is configured in model.network")
         self.tokenizer: Tokenizer | None = None
         self.networks = nn.ModuleDict()
         self.samples: list[dict[str, Any]] = []
         self.num_tokens_seen: int | Tensor = 0
+        self.means = Means()
         self._seed: int | None = None
         self._weight: Tensor | None = None
         self._term_weights: dict[str, Tensor] = {}
@@ -122,7 +129,7 @@ class LitModule(LightningModule):
         """
         assert self.tokenizer is not None
         if isinstance(self.network, str):
-            network = load_network(self.network)
+            network = load_network(self.network, "policy", self.overrides)
             assert isinstance(network, Network)
         else:
             if self.network.vocab_size is None:
@@ -185,8 +192,7 @@ class LitModule(LightningModule):
         self._weight, self._frozen, self._watched = None, frozenset(), {}
 
     def account(self, loss: Loss, batch: Experience) -> Tensor:
-        """Add a micro-batch's weight to the optimiser step's, log its metrics, and give the scalar to differentiate.
-        """
+        """Add a micro-batch's weight to the optimiser step's, log its metrics, and give the scalar to differentiate."""
         weight = self.objective.weight(batch)
         total = loss.total
         if isinstance(total, dict):
@@ -266,13 +272,8 @@ class LitModule(LightningModule):
         """Leave the rest of a collection's minibatches unused; modules with rollouts override it."""
 
     def _drop_gradients(self, network: nn.Module) -> None:
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         for p in network.parameters():
-            if p.grad is not None:
-                if scaled:  # a gradient scaler insists on having seen gradients
-                    p.grad.zero_()
-                else:
-                    p.grad = None
+            p.grad = None  # not zero: momentum and weight decay would move the weights all the same
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -347,19 +348,24 @@ class LitModule(LightningModule):
 
     # ------------------------------------------------------------------ helpers
 
-    def log_means(self, metrics: dict[str, tuple[Tensor, Tensor]], prefix: str) -> None:
-        """Log sums and counts of a validation batch so that the epoch's value is the mean over everything."""
+    def add_to_means(self, metrics: dict[str, tuple[Tensor, Tensor]], prefix: str) -> None:
+        """Add sums and counts of a validation batch; the means over everything are logged at the epoch's end."""
+        # a process whose rows are all fillers adds them too, with no weight: all must add the same names
         for name, (value, count) in metrics.items():
-            # a process whose rows are all fillers logs too, with no weight: all must log the same names
-            self.log(
-                f"{prefix}{name}",
-                value / count.clamp(min=1),
-                on_step=False,
-                on_epoch=True,
-                batch_size=int(count),
-                sync_dist=True,
-                prog_bar=name in self.progress_metrics,
-            )
+            self.means.add(f"{prefix}{name}", value, count)
+
+    def log_means(self) -> dict[str, float]:
+        """Log, and return, the means of what was added."""
+        means = self.means.pop(lambda sums: self._all_sum(sums.to(self.device)))
+        for name, value in means.items():
+            self.log(name, value, prog_bar=name in self.progress_metrics or name[4:] in self.progress_metrics)
+        return means
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_means()
+
+    def on_test_epoch_end(self) -> None:
+        self.log_means()
 
     @property
     def network_config(self) -> NetworkConfig:

@@ -44,6 +44,7 @@ class LitLanguageModel(LitModule):
         optimizer: takes parameter groups, returns the optimiser.
         scheduler: takes the optimiser, returns a learning-rate schedule, advanced by optimiser step.
         clip_per_network: clip each network's gradient by its own norm rather than all together.
+        overrides: fields to change in the configuration of the checkpoint's network, such as `dropout`.
         sample_prompts: prompts continued after every validation, for TensorBoard.
         sampling: how they are continued.
         sample_seed: seed of those samples; the same at every validation, so that samples compare.
@@ -58,11 +59,12 @@ class LitLanguageModel(LitModule):
         optimizer: OptimizerCallable = default_optimizer,
         scheduler: LRSchedulerCallable | None = None,
         clip_per_network: bool = False,
+        overrides: dict[str, Any] | None = None,
         sample_prompts: list[str] | None = None,
         sampling: Sampling | None = None,
         sample_seed: int = 0,
     ) -> None:
-        super().__init__(network, objective or LanguageModeling(), optimizer, scheduler, clip_per_network)
+        super().__init__(network, objective or LanguageModeling(), optimizer, scheduler, clip_per_network, overrides)
         self.sample_prompts = sample_prompts or []
         self.sampling = sampling or Sampling()
         self.sample_seed = sample_seed
@@ -94,7 +96,7 @@ class LitLanguageModel(LitModule):
         num_bytes = self._num_bytes[batch["tokens"]][batch["loss_mask"]].sum()
         nll = -output.logps.sum()
         metrics = {"loss": (loss.total, weight), "nll": (nll, weight), "bits_per_byte": (nll / math.log(2), num_bytes)}
-        self.log_means(metrics, prefix)
+        self.add_to_means(metrics, prefix)
 
     def validation_step(self, batch: Experience, batch_idx: int) -> None:
         self._evaluate(batch, "val/")
@@ -103,9 +105,9 @@ class LitLanguageModel(LitModule):
         self._evaluate(batch, "test/")
 
     def on_validation_epoch_end(self) -> None:
-        nll = self.trainer.callback_metrics.get("val/nll")
-        if nll is not None:
-            self.log("val/perplexity", torch.as_tensor(nll).clamp(max=80).exp())
+        means = self.log_means()
+        if "val/nll" in means:
+            self.log("val/perplexity", math.exp(min(means["val/nll"], 80.0)))
         if self.sample_prompts and not self.trainer.sanity_checking:
             self.samples = [
                 {"prompt": prompt, "completion": text, "rewards": {}}

@@ -51,6 +51,7 @@ class LitPolicy(LitModule):
         scheduler: takes the optimiser, returns a learning-rate schedule, advanced by optimiser step.
         value_lr: learning rate of the value network; None: the optimiser's.
         clip_per_network: clip each network's gradient by its own norm rather than all together.
+        overrides: fields to change in the configuration of the checkpoint's network, such as `dropout`.
     """
 
     kind: ClassVar[Kind] = "policy"
@@ -70,8 +71,9 @@ class LitPolicy(LitModule):
         scheduler: LRSchedulerCallable | None = None,
         value_lr: float | None = None,
         clip_per_network: bool = False,
+        overrides: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(network, objective or PPO(), optimizer, scheduler, clip_per_network)
+        super().__init__(network, objective or PPO(), optimizer, scheduler, clip_per_network, overrides)
         self.rewards: list[Reward] = list(rewards or [])
         names = [r.name for r in self.rewards]
         if len(set(names)) != len(names):
@@ -105,7 +107,7 @@ class LitPolicy(LitModule):
         if "value" in self.objective.needs:
             networks["value"] = self._build_value(policy)
         # validation and prediction report the divergence, so there is a reference whatever the objective needs
-        reference = load_network(self.reference) if self.reference else copy.deepcopy(policy)
+        reference = load_network(self.reference, "policy", self.overrides) if self.reference else copy.deepcopy(policy)
         self.frozen = {"reference": reference}
         for reward in self.rewards:
             network = reward.build(load_network)
@@ -123,7 +125,7 @@ class LitPolicy(LitModule):
         source = self.value or (models[0].checkpoint if models else None)
         if source is None:
             return ScalarNetwork(copy.deepcopy(policy))
-        network = load_network(source, "value")
+        network = load_network(source, "value", self.overrides)
         self._check_vocabulary(network, f"the value network of {source}")
         return network
 
@@ -150,6 +152,9 @@ class LitPolicy(LitModule):
         self._place_frozen()
 
     def on_validation_start(self) -> None:
+        self._place_frozen()
+
+    def on_test_start(self) -> None:
         self._place_frozen()
 
     def on_predict_start(self) -> None:
@@ -282,7 +287,7 @@ class LitPolicy(LitModule):
             loss = self.objective.loss(self._output(batch), batch)
             weight = self.objective.weight(batch)
             if isinstance(loss.total, Tensor) and isinstance(weight, Tensor):
-                self.log_means({"loss": (loss.total, weight), **loss.metrics}, prefix)
+                self.add_to_means({"loss": (loss.total, weight), **loss.metrics}, prefix)
             return
         rows = self.evaluate_prompts(batch)
         if batch_idx == 0:
@@ -298,7 +303,7 @@ class LitPolicy(LitModule):
                 columns[f"rewards/{reward.name}"] = [r["rewards"][reward.name] for r in rows]
         count = torch.tensor(len(rows), device=self.device)
         sums = {k: torch.tensor(v, dtype=torch.float32, device=self.device).sum() for k, v in columns.items()}
-        self.log_means({k: (total, count) for k, total in sums.items()}, prefix)
+        self.add_to_means({k: (total, count) for k, total in sums.items()}, prefix)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Completions of a batch of prompts with their rewards and divergence."""

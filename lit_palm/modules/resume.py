@@ -17,6 +17,7 @@ from lit_palm.data.position import position
 
 __all__ = ["align", "check_trainer", "settle"]
 
+
 def check_trainer(trainer: Trainer) -> None:
     """Refuse flags that would silently change what is trained.
 

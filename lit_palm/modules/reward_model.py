@@ -13,7 +13,7 @@ from lit_palm.models.base import NetworkConfig, ScalarNetwork
 from lit_palm.modules.checkpoint import load_network, read_checkpoint
 from lit_palm.modules.host import LitModule, default_optimizer
 from lit_palm.objectives.base import Kind, Objective
-from lit_palm.objectives.functional import RunningMoments
+from lit_palm.objectives.functional import RunningMoments, rows_that_count
 from lit_palm.objectives.reward_ranking import RewardRanking
 from lit_palm.types import Experience, Output
 
@@ -41,6 +41,7 @@ class LitRewardModel(LitModule):
         optimizer: takes parameter groups, returns the optimiser.
         scheduler: takes the optimiser, returns a learning-rate schedule, advanced by optimiser step.
         clip_per_network: clip each network's gradient by its own norm rather than all together.
+        overrides: fields to change in the configuration of the checkpoint's network, such as `dropout`.
         calibrate: `mean` shifts the score to mean 0, `whiten` also scales it to deviation 1, `none` leaves it.
     """
 
@@ -54,9 +55,10 @@ class LitRewardModel(LitModule):
         optimizer: OptimizerCallable = default_optimizer,
         scheduler: LRSchedulerCallable | None = None,
         clip_per_network: bool = False,
+        overrides: dict[str, Any] | None = None,
         calibrate: Literal["none", "mean", "whiten"] = "mean",
     ) -> None:
-        super().__init__(network, objective or RewardRanking(), optimizer, scheduler, clip_per_network)
+        super().__init__(network, objective or RewardRanking(), optimizer, scheduler, clip_per_network, overrides)
         self.calibrate = calibrate
         self._moments = RunningMoments()
 
@@ -67,7 +69,7 @@ class LitRewardModel(LitModule):
 
     def build_networks(self) -> dict[str, nn.Module]:
         if isinstance(self.network, str) and "reward" in read_checkpoint(self.network).header["networks"]:
-            return {"reward": load_network(self.network, "reward")}
+            return {"reward": load_network(self.network, "reward", self.overrides)}
         return {"reward": ScalarNetwork(self.build_network())}
 
     def _output(self, batch: Experience, calibrated: bool = False) -> Output:
@@ -81,7 +83,7 @@ class LitRewardModel(LitModule):
         loss = self.objective.loss(output, batch)
         weight = self.objective.weight(batch)
         assert isinstance(loss.total, Tensor) and isinstance(weight, Tensor)
-        self.log_means({"loss": (loss.total, weight), **loss.metrics}, prefix)
+        self.add_to_means({"loss": (loss.total, weight), **loss.metrics}, prefix)
         return output
 
     def on_validation_epoch_start(self) -> None:
@@ -90,13 +92,17 @@ class LitRewardModel(LitModule):
     def validation_step(self, batch: Experience, batch_idx: int, dataloader_idx: int = 0) -> None:
         output = self._evaluate(batch, "val/")
         assert output.scores is not None
-        self._moments.update(output.scores)
+        self._moments.update(output.scores[rows_that_count(batch)])
 
     def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
         if self.calibrate == "none" or self.trainer.sanity_checking or self.trainer.state.fn != TrainerFn.FITTING:
             return
-        gathered = self.all_gather(torch.tensor([self._moments.count, self._moments.mean, self._moments.sum_sq],
-                                                dtype=torch.float64, device=self.device)).reshape(-1, 3)
+        gathered = self.all_gather(
+            torch.tensor(
+                [self._moments.count, self._moments.mean, self._moments.sum_sq], dtype=torch.float64, device=self.device
+            )
+        ).reshape(-1, 3)
         mean, std = _merge(gathered)
         scalar = self.networks["reward"]
         assert isinstance(scalar, ScalarNetwork)
@@ -120,4 +126,3 @@ def _merge(moments: Tensor) -> tuple[Tensor, Tensor]:
     spread = (sum_sq + count * (mean - overall).square()).sum()
     std = (spread / (total - 1).clamp(min=1)).sqrt()
     return overall.float(), torch.where(std > 0, std, 1.0).float()
-

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lit_palm.models.base import Network
@@ -48,6 +49,17 @@ class Rollouts:
         self.checked = False
         self.update_started = 0.0
         objective, config = module.objective, module.rollout
+        if config.num_prompts % module.trainer.world_size:
+            raise ValueError(
+                f"rollout.num_prompts {config.num_prompts} must be a multiple of the {module.trainer.world_size} "
+                "processes, so that all do the same number of forward passes"
+            )
+        dropout = getattr(module.network_config, "dropout", 0.0)
+        if dropout:
+            rank_zero_warn(
+                f"the policy has dropout {dropout}: it is off while sampling and on while training, so ratios scatter "
+                "around 1 from the first step; model.overrides={dropout: 0.0} turns it off"
+            )
         self.loader = RolloutLoader(
             self.collect,
             config,
@@ -180,10 +192,10 @@ def sample(
 
 
 def completion_text(text: str, reason: str, stop: Sequence[str]) -> str:
-    """The text of a completion, cut before the stop text that ended it."""
+    """The text of a completion, cut before the stop text that ended it (earlier ones came too soon to count)."""
     if reason != "stop":
         return text
-    return text[: min((text.find(s) for s in stop if s in text), default=len(text))]
+    return text[: max((text.rfind(s) for s in stop if s in text), default=len(text))]
 
 
 def as_samples(batch: RewardBatch, experience: Experience | None, count: int = 8) -> list[dict[str, Any]]:

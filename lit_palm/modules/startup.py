@@ -74,23 +74,35 @@ def check_first_ratio(module: LitPolicy, experience: Experience, num_rows: int =
     module.networks.eval()
     for rows in (picked, *picked[:, None]):
         found, part = logps(rows)
-        worst = max(worst, _compare(
-            found, part["old_logps"], part["loss_mask"], dtype,
-            "between collecting and training: the ratio would not start at 1. The network's result depends on how rows "
-            "are batched; check its masks and positions",
-        ))
+        worst = max(
+            worst,
+            _compare(
+                found,
+                part["old_logps"],
+                part["loss_mask"],
+                dtype,
+                "between collecting and training: the ratio would not start at 1. The network's result depends on how rows "
+                "are batched; check its masks and positions",
+            ),
+        )
     module.networks.train(training)
     if "engine_logps" in experience:
         # an engine of another make has kernels and perhaps a precision of its own
         loosest = dtype if isinstance(module.engine, CachedEngine) else torch.bfloat16
         _compare(
-            experience["engine_logps"], experience["old_logps"], experience["loss_mask"], loosest,
+            experience["engine_logps"],
+            experience["old_logps"],
+            experience["loss_mask"],
+            loosest,
             "between sampling and training: completions come from another distribution than the one that is optimised. "
             "Check the engine's temperature, and the network's positions and mask when it decodes from its cache",
         )
     if "ref_logps" in experience and module.reference is None and module.trainer.global_step == 0:
         _compare(
-            experience["old_logps"], experience["ref_logps"], experience["loss_mask"], dtype,
+            experience["old_logps"],
+            experience["ref_logps"],
+            experience["loss_mask"],
+            dtype,
             "between the policy and the reference that it starts as: the reference is not a faithful copy",
         )
     return worst

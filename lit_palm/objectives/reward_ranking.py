@@ -64,7 +64,7 @@ class RewardRanking(Objective):
         if self.centering:
             per_pair = per_pair + self.centering * (scores[better] + scores[worse]).square()
         _, inverse, size = group.unique(return_inverse=True, return_counts=True)
-        total = (per_pair / size[inverse]).sum() + 0.0 * scores.sum()  # a batch of ties still has a graph
+        total = (per_pair / size[inverse]).sum()  # over no pair at all it is 0, and still has a graph
         pairs = torch.tensor(len(better), device=scores.device)
         metrics = {
             "accuracy": ((difference.detach() > 0).float().sum(), pairs),

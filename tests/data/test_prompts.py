@@ -23,9 +23,13 @@ ROWS = [
 def load(path: str, module: Any = None, **options: Any) -> PromptData:
     data = PromptData(train=path, validation=path, tokenizer=TOKENIZER, batch_size=3, **options)
     if module is not None:
-        progress = SimpleNamespace(current=SimpleNamespace(ready=3, processed=2))  # an exception interrupted a batch
-        loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
-        data.trainer = SimpleNamespace(lightning_module=module, fit_loop=loop)  # type: ignore[assignment]
+        # an exception interrupted the fifth batch of the first epoch
+        progress = SimpleNamespace(current=SimpleNamespace(ready=5, processed=4), is_last_batch=False)
+        epoch = SimpleNamespace(current=SimpleNamespace(ready=1, started=1, processed=0))
+        loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress), epoch_progress=epoch)
+        data.trainer = SimpleNamespace(  # type: ignore[assignment]
+            lightning_module=module, fit_loop=loop, num_training_batches=8, accumulate_grad_batches=1
+        )
     data.setup("fit")
     return data
 
@@ -54,7 +58,7 @@ def test_training_asks_the_module_for_rollouts_and_keeps_their_state(write: Any)
     class Loader:
         position = 0
 
-        def snapshot(self, in_flight: int) -> dict[str, Any]:
+        def snapshot(self, in_flight: int = 0, over: bool = False) -> dict[str, Any]:
             return {"position": self.position - in_flight}
 
         def restore(self, state: dict[str, Any]) -> None:

@@ -125,6 +125,19 @@ def test_without_lightning_a_for_loop_is_an_epoch() -> None:
     assert [[name(b) for b in source] for _ in range(3)] == [run(loader(), 3)[6 * k : 6 * k + 6] for k in range(3)]
 
 
+def test_without_lightning_len_minibatches_are_an_epoch_too() -> None:
+    source = loader()
+    served = [[name(batch) for _, batch in zip(range(len(source)), source, strict=False)] for _ in range(2)]
+    assert served[0] + served[1] == run(loader(), 2)
+
+
+def test_without_lightning_a_stopped_loop_is_followed_by_the_next_collection() -> None:
+    source = loader()
+    for _ in source:
+        source.stop()
+    assert [name(batch) for batch in source] == run(loader(), 2)[6:]
+
+
 def test_a_collection_that_failed_is_tried_again_under_its_number() -> None:
     collect, failures = Collections(12), [RuntimeError("out of memory")]
 
