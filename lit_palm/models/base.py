@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -113,14 +113,23 @@ class ScalarNetwork(nn.Module):
     The head starts at N(0, 1/sqrt(D + 1)) with bias 0 (Stiennon et al. 2020; Huang et al. 2024). What comes out is
     calibrated, (head(hidden) - offset) / scale, with buffers that are 0 and 1 until `calibrate` is called; training
     works on the raw scores, so that a calibration does not change the loss.
+
+    Args:
+        trunk: the network below the head.
+        pooling: `last`: the score at a position is read off its own hidden state; `mean`: it is the running mean over
+            the positions so far, which small networks learn from less data. Either way a row's score stands at its
+            last token, and a value network started from a reward model estimates it from each prefix.
     """
 
     offset: Tensor
     scale: Tensor
 
-    def __init__(self, trunk: Network) -> None:
+    def __init__(self, trunk: Network, pooling: Literal["last", "mean"] = "last") -> None:
         super().__init__()
+        if pooling not in ("last", "mean"):
+            raise ValueError(f"pooling is {pooling!r}: choose last or mean")
         self.trunk = trunk
+        self.pooling = pooling
         self.head = nn.Linear(trunk.config.d_model, 1)
         self.register_buffer("offset", torch.zeros((), dtype=torch.float32))
         self.register_buffer("scale", torch.ones((), dtype=torch.float32))
@@ -145,8 +154,12 @@ class ScalarNetwork(nn.Module):
         def head(hidden: Tensor, weight: Tensor, logit_scale: float) -> Tensor:
             return self.head(hidden).squeeze(-1)
 
-        raw: Tensor = self.trunk(tokens, mask=mask, positions=positions, documents=documents, head=head)
-        return (raw.float() - self.offset) / self.scale if calibrated else raw.float()
+        raw: Tensor = self.trunk(tokens, mask=mask, positions=positions, documents=documents, head=head).float()
+        if self.pooling == "mean":
+            assert documents is None, "a running mean knows nothing of packed documents"
+            real = torch.ones_like(raw) if mask is None else mask.to(raw.dtype)
+            raw = (raw * real).cumsum(1) / real.cumsum(1).clamp(min=1)
+        return (raw - self.offset) / self.scale if calibrated else raw
 
     @torch.no_grad()
     def calibrate(self, mean: Tensor, std: Tensor | None = None) -> None:

@@ -7,7 +7,7 @@ A checkpoint is a Lightning `.ckpt` file (or a directory, when a sharded strateg
         format: 1                                       layout of this dictionary
         version: 0.1.0                                  the lit_palm that wrote it
         kind: language_model | reward | policy          which module wrote it
-        networks: {role: {class_path, init_args}}       role: policy, value or reward
+        networks: {role: {class_path, init_args}}       role: policy, value or reward (the latter two with `pooling`)
         tokenizer: {...}                                everything needed to rebuild the tokeniser and its template
         objective: {class_path, state}                  what the objective carries from step to step
         reference: sha256                               fingerprint of the frozen reference (policies)
@@ -82,6 +82,14 @@ def config_to_dict(config: NetworkConfig) -> dict[str, Any]:
     assert dataclasses.is_dataclass(config), f"{type(config).__name__} must be a dataclass"
     cls = type(config)
     return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": dataclasses.asdict(config)}
+
+
+def network_to_dict(network: nn.Module) -> dict[str, Any]:
+    """A network's entry in a checkpoint: its configuration, and how a scalar head pools."""
+    if isinstance(network, ScalarNetwork):
+        return config_to_dict(network.trunk.config) | {"pooling": network.pooling}
+    assert isinstance(network, Network)
+    return config_to_dict(network.config)
 
 
 def config_from_dict(data: dict[str, Any], where: str) -> NetworkConfig:
@@ -287,7 +295,7 @@ def load_network(
     if source == "policy":
         load_weights(network, weights, os.fspath(path))
         return ScalarNetwork(network)
-    scalar = ScalarNetwork(network)
+    scalar = ScalarNetwork(network, networks[source].get("pooling", "last"))
     load_weights(scalar, weights, os.fspath(path))
     return scalar
 

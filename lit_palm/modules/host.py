@@ -24,10 +24,10 @@ from torch.optim import Optimizer
 from lit_palm.data.tokenizers import Tokenizer
 from lit_palm.models.base import Network, NetworkConfig
 from lit_palm.modules import resume
-from lit_palm.modules.checkpoint import FORMAT, config_to_dict, load_checkpoint_tokenizer, load_network, read_config
+from lit_palm.modules.checkpoint import FORMAT, network_to_dict, load_checkpoint_tokenizer, load_network, read_config
 from lit_palm.modules.means import Means
 from lit_palm.objectives.base import Kind, Objective
-from lit_palm.types import Experience, Loss
+from lit_palm.types import Experience, Loss, Output
 from lit_palm.version import __version__
 
 __all__ = ["LitModule"]
@@ -191,6 +191,22 @@ class LitModule(LightningModule):
     def _reset_step(self) -> None:
         self._weight, self._frozen, self._watched = None, frozenset(), {}
 
+    def loss_of(self, output: Output, batch: Experience) -> Loss:
+        """The objective's summed loss of a micro-batch.
+
+        Raises:
+            ValueError: the data lacks a field that the objective reads.
+        """
+        try:
+            return self.objective.loss(output, batch)
+        except KeyError as error:
+            if error.args[0] in batch:
+                raise
+            raise ValueError(
+                f"{type(self.objective).__name__} needs the field {error} in every batch; this data gives "
+                f"{', '.join(batch)}: use a data module and columns that it was written for"
+            ) from error
+
     def account(self, loss: Loss, batch: Experience) -> Tensor:
         """Add a micro-batch's weight to the optimiser step's, log its metrics, and give the scalar to differentiate."""
         weight = self.objective.weight(batch)
@@ -298,7 +314,7 @@ class LitModule(LightningModule):
             "format": FORMAT,
             "version": __version__,
             "kind": self.kind,
-            "networks": {role: config_to_dict(_config_of(network)) for role, network in self.networks.items()},
+            "networks": {role: network_to_dict(network) for role, network in self.networks.items()},
             "tokenizer": self.tokenizer.to_dict(),
             "objective": {
                 "class_path": f"{objective.__module__}.{objective.__qualname__}",
@@ -333,6 +349,11 @@ class LitModule(LightningModule):
             raise ValueError("the checkpoint to resume was trained with another tokeniser than the data brings")
         for role, config in own["networks"].items():
             there = header["networks"].get(role)
+            if there is not None and there.get("pooling") != config.get("pooling"):
+                raise ValueError(
+                    f"the checkpoint to resume pools its {role} by {there.get('pooling')}, this run by "
+                    f"{config.get('pooling')}"
+                )
             if there is None or there["class_path"] != config["class_path"]:
                 raise ValueError(f"the checkpoint to resume has no {config['class_path']} as {role}")
             for key in config["init_args"].keys() - _config_of(self.networks[role]).CHANGEABLE:

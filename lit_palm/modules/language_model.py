@@ -83,11 +83,11 @@ class LitLanguageModel(LitModule):
         return Output(**language_model_output(self.networks["policy"], batch, log_z="log_z" in self.objective.needs))
 
     def training_step(self, batch: Experience, batch_idx: int) -> Tensor:
-        return self.account(self.objective.loss(self._output(batch), batch), batch)
+        return self.account(self.loss_of(self._output(batch), batch), batch)
 
     def _evaluate(self, batch: Experience, prefix: str) -> None:
         output = self._output(batch)
-        loss = self.objective.loss(output, batch)
+        loss = self.loss_of(output, batch)
         weight = self.objective.weight(batch)
         assert isinstance(loss.total, Tensor) and isinstance(weight, Tensor) and output.logps is not None
         if self._num_bytes is None or self._num_bytes.device != self.device:

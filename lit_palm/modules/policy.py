@@ -93,6 +93,8 @@ class LitPolicy(LitModule):
         self.frozen: dict[str, nn.Module] = {}
         self.rollouts: Rollouts | None = None
         self._reference_id = ""
+        self.starts_as_reference = False
+        """True until the first step of a policy whose reference is itself as it started."""
 
     # ------------------------------------------------------------------ networks
 
@@ -118,6 +120,7 @@ class LitPolicy(LitModule):
             network.requires_grad_(False).eval()
         self._check_vocabulary(reference, "the reference")
         self._reference_id = fingerprint(reference)
+        self.starts_as_reference = self.reference is None
         return networks
 
     def _build_value(self, policy: Network) -> nn.Module:
@@ -197,6 +200,14 @@ class LitPolicy(LitModule):
 
     # ------------------------------------------------------------------ the step
 
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if "rollouts" in self.objective.needs and self.rollouts is None:
+            raise ValueError(
+                f"{type(self.objective).__name__} samples its own completions and learns from prompts: use PromptData "
+                f"instead of {type(getattr(self.trainer, 'datamodule', None)).__name__}"
+            )
+
     def on_train_epoch_start(self) -> None:
         if self.rollouts is not None:
             self.rollouts.loader.finish()
@@ -209,7 +220,8 @@ class LitPolicy(LitModule):
                 self.log(name, value, batch_size=1, prog_bar=name in self.progress_metrics)
 
     def training_step(self, batch: Experience, batch_idx: int) -> Tensor:
-        return self.account(self.objective.loss(self._output(batch), batch), batch)
+        self.starts_as_reference = False
+        return self.account(self.loss_of(self._output(batch), batch), batch)
 
     def _output(self, batch: Experience) -> Output:
         needs = self.objective.needs
@@ -284,7 +296,7 @@ class LitPolicy(LitModule):
 
     def _validate(self, batch: Any, batch_idx: int, prefix: str) -> None:
         if isinstance(batch, Experience):  # offline data
-            loss = self.objective.loss(self._output(batch), batch)
+            loss = self.loss_of(self._output(batch), batch)
             weight = self.objective.weight(batch)
             if isinstance(loss.total, Tensor) and isinstance(weight, Tensor):
                 self.add_to_means({"loss": (loss.total, weight), **loss.metrics}, prefix)
@@ -316,6 +328,7 @@ class LitPolicy(LitModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
+        self.starts_as_reference = False
         if checkpoint["lit_palm"].get("reference") != self._reference_id:
             raise ValueError(
                 "the frozen reference is not the one this run started with: name the same checkpoint as model.network "

@@ -43,6 +43,8 @@ class LitRewardModel(LitModule):
         clip_per_network: clip each network's gradient by its own norm rather than all together.
         overrides: fields to change in the configuration of the checkpoint's network, such as `dropout`.
         calibrate: `mean` shifts the score to mean 0, `whiten` also scales it to deviation 1, `none` leaves it.
+        pooling: read the score off the `last` token, or the running `mean` over all tokens, which small networks learn
+            from less data. A reward model's checkpoint keeps its own.
     """
 
     kind: ClassVar[Kind] = "reward"
@@ -57,9 +59,11 @@ class LitRewardModel(LitModule):
         clip_per_network: bool = False,
         overrides: dict[str, Any] | None = None,
         calibrate: Literal["none", "mean", "whiten"] = "mean",
+        pooling: Literal["last", "mean"] = "last",
     ) -> None:
         super().__init__(network, objective or RewardRanking(), optimizer, scheduler, clip_per_network, overrides)
         self.calibrate = calibrate
+        self.pooling = pooling
         self._moments = RunningMoments()
 
     @property
@@ -70,17 +74,17 @@ class LitRewardModel(LitModule):
     def build_networks(self) -> dict[str, nn.Module]:
         if isinstance(self.network, str) and "reward" in read_checkpoint(self.network).header["networks"]:
             return {"reward": load_network(self.network, "reward", self.overrides)}
-        return {"reward": ScalarNetwork(self.build_network())}
+        return {"reward": ScalarNetwork(self.build_network(), self.pooling)}
 
     def _output(self, batch: Experience, calibrated: bool = False) -> Output:
         return Output(scores=last_scores(self.networks["reward"], batch["tokens"], batch["mask"], calibrated))
 
     def training_step(self, batch: Experience, batch_idx: int) -> Tensor:
-        return self.account(self.objective.loss(self._output(batch), batch), batch)
+        return self.account(self.loss_of(self._output(batch), batch), batch)
 
     def _evaluate(self, batch: Experience, prefix: str) -> Output:
         output = self._output(batch)
-        loss = self.objective.loss(output, batch)
+        loss = self.loss_of(output, batch)
         weight = self.objective.weight(batch)
         assert isinstance(loss.total, Tensor) and isinstance(weight, Tensor)
         self.add_to_means({"loss": (loss.total, weight), **loss.metrics}, prefix)

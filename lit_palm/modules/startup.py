@@ -97,7 +97,7 @@ def check_first_ratio(module: LitPolicy, experience: Experience, num_rows: int =
             "between sampling and training: completions come from another distribution than the one that is optimised. "
             "Check the engine's temperature, and the network's positions and mask when it decodes from its cache",
         )
-    if "ref_logps" in experience and module.reference is None and module.trainer.global_step == 0:
+    if "ref_logps" in experience and module.starts_as_reference:
         _compare(
             experience["old_logps"],
             experience["ref_logps"],
