@@ -5,8 +5,8 @@
     lit-palm export runs/demo/ppo/last.ckpt folder
     lit-palm plugins [--json | show NAME]
 
-Values come, later over earlier, from defaults, environment variables (LIT_PALM_FIT__TRAINER__MAX_EPOCHS=3), YAML files in
-the order given, and flags. A checkpoint never overrides any of them: it brings weights and state.
+Values come, later over earlier, from defaults, environment variables (LIT_PALM_FIT__TRAINER__MAX_EPOCHS=3), YAML files
+in the order given, and flags. A checkpoint never overrides any of them: it brings weights and state.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 from lit_palm import plugins
 
-__all__ = ["LitPalmCLI", "main"]
+__all__ = ["build_cli", "main"]
 
 EXTRA_VERBS = {
     "generate": "Complete prompts with a checkpoint, streaming to the terminal.",
@@ -129,12 +129,6 @@ def build_cli() -> type[Any]:
             return kwargs
 
     return LitPalmCLI
-
-
-def __getattr__(name: str) -> Any:
-    if name == "LitPalmCLI":
-        return build_cli()
-    raise AttributeError(name)
 
 
 def run(argv: Sequence[str]) -> int:

@@ -41,16 +41,15 @@ def read_prompts(path: str) -> list[str]:
     """
     try:
         with open(path, encoding="utf-8") as file:
-            lines = [line.rstrip("\r\n") for line in file]
+            numbered = [(number, line.rstrip("\r\n")) for number, line in enumerate(file, 1) if line.strip()]
     except OSError as error:
         raise ValueError(f"--file {path}: {error.strerror}") from error
-    lines = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not lines:
+    if not numbered:
         raise ValueError(f"--file {path}: holds no prompts")
     if not path.endswith(".jsonl"):
-        return [line for _, line in lines]
+        return [line for _, line in numbered]
     prompts = []
-    for number, line in lines:
+    for number, line in numbered:
         try:
             prompts.append(str(json.loads(line)["prompt"]))
         except (json.JSONDecodeError, KeyError, TypeError) as error:

@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lit_palm.data.tokenizers import Tokenizer
@@ -26,6 +26,7 @@ from lit_palm.models.base import Network, NetworkConfig
 from lit_palm.modules import resume
 from lit_palm.modules.checkpoint import FORMAT, network_to_dict, load_checkpoint_tokenizer, load_network, read_config
 from lit_palm.modules.means import Means
+from lit_palm.modules.sharding import check_strategy, shard
 from lit_palm.objectives.base import Kind, Objective
 from lit_palm.types import Experience, Loss, Output
 from lit_palm.version import __version__
@@ -101,6 +102,7 @@ class LitModule(LightningModule):
         self.tokenizer = getattr(data, "tokenizer", None) or self.load_tokenizer()
         if self.tokenizer is None or isinstance(self.tokenizer, str):
             raise ValueError("no tokeniser: name one with --data.tokenizer, or a checkpoint with --model.network")
+        check_strategy(self.trainer.strategy)
         # with 16-bit weights Lightning would round what batches hold (old log-probabilities, advantages, returns), and
         # move the first ratio off 1; networks are given token ids alone
         self.trainer.precision_plugin.convert_input = _as_it_is  # type: ignore[method-assign]
@@ -148,8 +150,12 @@ class LitModule(LightningModule):
 
     def configure_model(self) -> None:
         """Build the networks (once), so that a strategy can shard each as its own root."""
-        if not self.networks:
-            self.networks = nn.ModuleDict(self.build_networks())
+        if self.networks:
+            return
+        self.networks = nn.ModuleDict(self.build_networks())
+        if self.device_mesh is not None:
+            for network in self.networks.values():
+                shard(network, self.device_mesh["data_parallel"])
 
     def parameter_groups(self) -> Iterator[dict[str, Any]]:
         """Parameter groups: one a network for matrices, one for vectors, which are not decayed."""
@@ -166,7 +172,7 @@ class LitModule(LightningModule):
         """Optimiser options of one network's groups, over the optimiser's own."""
         return {}
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+    def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """One optimiser over all networks; the schedule advances by optimiser step."""
         optimizer = self.optimizer(list(self.parameter_groups()))
         if self.scheduler is None:
@@ -247,7 +253,7 @@ class LitModule(LightningModule):
         loop = self.trainer.fit_loop.epoch_loop
         left = int(self.trainer.num_training_batches) - loop.batch_progress.current.ready
         rest = min(self.trainer.accumulate_grad_batches - 1, left)
-        loader = self.trainer.train_dataloader
+        loader: Any = self.trainer.train_dataloader
         if rest > 0 and not hasattr(loader, "upcoming"):
             raise ValueError(
                 f"{type(self.objective).__name__} has several loss terms with weights of their own; to accumulate "
@@ -301,6 +307,7 @@ class LitModule(LightningModule):
         bound = float(gradient_clip_val) if gradient_clip_val else float("inf")
         parts = list(self.networks.values()) if self.clip_per_network else [self.networks]
         norms = [nn.utils.clip_grad_norm_(part.parameters(), bound) for part in parts]
+        norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
         norm = torch.stack(norms).square().sum().sqrt()
         self.log("grad_norm", norm)
 
@@ -379,7 +386,8 @@ class LitModule(LightningModule):
         """Log, and return, the means of what was added."""
         means = self.means.pop(lambda sums: self._all_sum(sums.to(self.device)))
         for name, value in means.items():
-            self.log(name, value, prog_bar=name in self.progress_metrics or name[4:] in self.progress_metrics)
+            shown = name in self.progress_metrics or name[4:] in self.progress_metrics
+            self.log(name, value, prog_bar=shown, sync_dist=True)  # the same on every rank; Lightning would warn
         return means
 
     def on_validation_epoch_end(self) -> None:
@@ -414,7 +422,7 @@ def _as_it_is(data: Any) -> Any:
 
 def _local(grad: Tensor) -> Tensor:
     """This rank's part of a gradient (itself unless it is a DTensor)."""
-    return grad.to_local() if hasattr(grad, "to_local") else grad
+    return grad.to_local() if isinstance(grad, DTensor) else grad
 
 
 def _config_of(network: nn.Module) -> NetworkConfig:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lit_palm.models.base import Network, NetworkConfig
 from lit_palm.models.logprobs import TokenLogProbs
 from lit_palm.modules.host import LitModule, default_optimizer
+from lit_palm.modules.sharding import gathered
 from lit_palm.objectives.base import Kind, Objective
 from lit_palm.objectives.language_modeling import LanguageModeling
 from lit_palm.rollout.engine import CachedEngine, Engine
@@ -107,7 +108,7 @@ class LitLanguageModel(LitModule):
     def on_validation_epoch_end(self) -> None:
         means = self.log_means()
         if "val/nll" in means:
-            self.log("val/perplexity", math.exp(min(means["val/nll"], 80.0)))
+            self.log("val/perplexity", math.exp(min(means["val/nll"], 80.0)), sync_dist=True)
         if self.sample_prompts and not self.trainer.sanity_checking:
             self.samples = [
                 {"prompt": prompt, "completion": text, "rewards": {}}
@@ -121,15 +122,16 @@ class LitLanguageModel(LitModule):
         seeds = row_seeds(self.sample_seed, 0, torch.arange(len(ids)))
         network = self.networks["policy"]
         assert isinstance(network, Network)
-        generation = self.engine.generate(
-            network,
-            [torch.tensor(i) for i in ids],
-            self.sampling,
-            seeds,
-            pad_id=self.tokenizer.pad_id,
-            eos_id=self.tokenizer.eos_id,
-            decode=self.tokenizer.decode,
-        )
+        with gathered(network):
+            generation = self.engine.generate(
+                network,
+                [torch.tensor(i) for i in ids],
+                self.sampling,
+                seeds,
+                pad_id=self.tokenizer.pad_id,
+                eos_id=self.tokenizer.eos_id,
+                decode=self.tokenizer.decode,
+            )
         return [self.tokenizer.decode(c.tolist()) for c in generation.completions]
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, str]]:

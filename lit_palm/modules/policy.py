@@ -6,17 +6,18 @@ import copy
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from lit_palm.models.base import Network, NetworkConfig, ScalarNetwork
-from lit_palm.modules.checkpoint import fingerprint, load_network
+from lit_palm.modules.checkpoint import Role, fingerprint, load_network
 from lit_palm.modules.host import LitModule, default_optimizer
 from lit_palm.modules.language_model import language_model_output
 from lit_palm.modules.rollouts import VALIDATION, Rollouts, sample
+from lit_palm.modules.sharding import gathered
 from lit_palm.objectives.base import Kind, Objective
 from lit_palm.objectives.ppo import PPO
 from lit_palm.rollout.collector import RolloutConfig, annotate
@@ -112,7 +113,7 @@ class LitPolicy(LitModule):
         reference = load_network(self.reference, "policy", self.overrides) if self.reference else copy.deepcopy(policy)
         self.frozen = {"reference": reference}
         for reward in self.rewards:
-            network = reward.build(load_network)
+            network = reward.build(_load)
             if network is not None:
                 self._check_vocabulary(network, reward.name)
                 self.frozen[f"reward/{reward.name}"] = network
@@ -256,6 +257,10 @@ class LitPolicy(LitModule):
     @torch.no_grad()
     def evaluate_prompts(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """Continue a batch of prompts with seeds of their own: rows of prompt, completion, ended, num_tokens, kl, rewards."""
+        with gathered(self.networks):
+            return self._evaluate_prompts(batch)
+
+    def _evaluate_prompts(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         real = [i for i, row in enumerate(batch["row"].tolist()) if row >= 0]  # -1 fills a batch up
         prompts = [
             {
@@ -267,11 +272,11 @@ class LitPolicy(LitModule):
         ]
         if not prompts:
             return []
-        experience, scored, _ = sample(self, prompts, batch["row"][real], VALIDATION)
 
         def compute(rows: Experience) -> dict[str, Tensor]:
             return {"difference": self.policy_logps(rows) - self.reference_logps(rows)}
 
+        experience, scored, _ = sample(self, prompts, batch["row"][real], VALIDATION)
         annotate(experience, compute, self.rollout.batch_size, self.device)
         kl = experience["difference"].sum(1)
         rewards = experience.get("rewards", {})
@@ -334,3 +339,8 @@ class LitPolicy(LitModule):
                 "the frozen reference is not the one this run started with: name the same checkpoint as model.network "
                 "(or model.reference), and do not change that file while a run depends on it"
             )
+
+
+def _load(checkpoint: str, role: str) -> nn.Module:
+    """What a reward builds its network with."""
+    return load_network(checkpoint, cast(Role, role))

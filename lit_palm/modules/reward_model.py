@@ -102,12 +102,11 @@ class LitRewardModel(LitModule):
         super().on_validation_epoch_end()
         if self.calibrate == "none" or self.trainer.sanity_checking or self.trainer.state.fn != TrainerFn.FITTING:
             return
-        gathered = self.all_gather(
-            torch.tensor(
-                [self._moments.count, self._moments.mean, self._moments.sum_sq], dtype=torch.float64, device=self.device
-            )
-        ).reshape(-1, 3)
-        mean, std = _merge(gathered)
+        moments = self._moments
+        own = torch.tensor([moments.count, moments.mean, moments.sum_sq], dtype=torch.float64, device=self.device)
+        gathered = self.all_gather(own)
+        assert isinstance(gathered, Tensor)
+        mean, std = _merge(gathered.reshape(-1, 3))
         scalar = self.networks["reward"]
         assert isinstance(scalar, ScalarNetwork)
         scalar.calibrate(mean, std if self.calibrate == "whiten" else None)

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lit_palm.models.base import Network
+from lit_palm.modules.sharding import gathered
 from lit_palm.modules.startup import check_first_ratio
 from lit_palm.rollout.collector import annotate, assemble, merge, prompt_order
 from lit_palm.rollout.loader import RolloutLoader
@@ -83,7 +84,7 @@ class Rollouts:
         prompts = [self.prompts[order[i]] for i in mine.tolist() for _ in range(copies)]
         training = module.networks.training
         module.networks.eval()  # no dropout while collecting and scoring
-        with module.numerics():
+        with gathered(module.networks), module.numerics():
             experience, batch, seconds = sample(module, prompts, rows, collection, copies)
             self.metrics |= seconds
             annotate(experience, self._fields, config.batch_size, module.device)

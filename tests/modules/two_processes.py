@@ -1,8 +1,10 @@
 """Run by test_distributed.py as a program: the same trainings as there, on two processes under a strategy.
 
+The strategy is `ddp`, or `sharded` for ModelParallelStrategy (FSDP2).
+
     python -m tests.modules.two_processes OUTPUT_FOLDER STRATEGY JOB...
 
-Each job leaves OUTPUT_FOLDER/JOB.pt with the weights it ended with.
+Each job leaves OUTPUT_FOLDER/JOB.pt with the weights it ended with. JOB+resumed is interrupted and resumed.
 """
 
 from __future__ import annotations
@@ -12,6 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from torch.distributed.tensor import DTensor
 
 from lit_palm.callbacks import LastCheckpoint
 from tests.support import language_model, policy, prompt_data, ranking_data, reward_model, text_data, trainer, weights
@@ -26,22 +32,28 @@ def make(job: str, folder: Path, ways: int) -> tuple[Any, Any]:
     return policy(), prompt_data(folder)
 
 
-def main(folder: Path, strategy: Any, jobs: list[str]) -> None:
+def main(folder: Path, strategy: str, jobs: list[str]) -> None:
+    def run(**options: Any) -> Any:
+        chosen: Any = strategy
+        if strategy == "sharded":
+            chosen = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+        return trainer(folder, **{"strategy": chosen, "devices": 2, "gradient_clip_val": 0.5, "max_epochs": 2, **options})
+
     for job in jobs:
-        module, data = make(job.removesuffix("_resumed"), folder, 2)
-        options = {"strategy": strategy, "devices": 2, "gradient_clip_val": 0.5, "max_epochs": 2}
+        kind, _, resumed = job.partition("+")
         path = None
-        if job.endswith("_resumed"):
-            first, options["max_epochs"] = trainer(folder, callbacks=[LastCheckpoint(str(folder / job))],
-                                                   **{**options, "max_epochs": None, "max_steps": 3}), 2
-            first.fit(module, datamodule=data)
-            module, data = make(job.removesuffix("_resumed"), folder, 2)
+        if resumed:  # after three steps, in the middle of an epoch
+            module, data = make(kind, folder, 2)
+            last = LastCheckpoint(str(folder / job))
+            run(callbacks=[last], max_epochs=None, max_steps=3).fit(module, datamodule=data)
             path = str(folder / job / "last.ckpt")
-        run = trainer(folder, **options)
-        run.fit(module, datamodule=data, ckpt_path=path)
-        if run.is_global_zero:
-            torch.save({"weights": weights(module), "step": run.global_step,
-                        "metrics": {k: float(v) for k, v in run.callback_metrics.items()}}, folder / f"{job}.pt")
+        module, data = make(kind, folder, 2)
+        second = run()
+        second.fit(module, datamodule=data, ckpt_path=path)
+        state = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in weights(module).items()}
+        if second.is_global_zero:
+            metrics = {k: float(v) for k, v in second.callback_metrics.items()}
+            torch.save({"weights": state, "step": second.global_step, "metrics": metrics}, folder / f"{job}.pt")
 
 
 if __name__ == "__main__":
