@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lit_palm import plugins
@@ -71,8 +73,11 @@ def build_cli() -> type[Any]:
 
     class Parser(LightningArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> Any:
-            extra = plugins.explain(message)
-            super().error(f"{message}\n{extra}" if extra else message, ex)
+            """One line instead of pages of usage; `--help` has those."""
+            if not self.exit_on_error or os.environ.get("LIT_PALM_TRACEBACK"):
+                super().error(message, ex)  # raises; a value that does not fit one type may fit the next
+            print(f"lit-palm: error: {_one_line(message)}", file=sys.stderr)
+            self.exit(2)
 
     class SaveConfig(SaveConfigCallback):
         """Keeps the whole configuration beside a run's logs; runs without a logger leave nothing behind."""
@@ -117,18 +122,40 @@ def build_cli() -> type[Any]:
             if "weights_only" in kwargs and kwargs["weights_only"] is None:
                 kwargs["weights_only"] = True
             path = kwargs.get("ckpt_path")
-            if (
-                path
-                and path not in ("best", "last", "hpc", "registry")
-                and "://" not in path
-                and not os.path.exists(path)
-            ):
-                raise ValueError(f"--ckpt_path {path}: there is no such checkpoint")
+            if path and path not in ("best", "last", "hpc", "registry"):
+                lit_palm.modules.read_checkpoint(path, header_only=True)  # or the reason why it cannot be resumed
             if subcommand == "predict":
                 kwargs["return_predictions"] = False
             return kwargs
 
     return LitPalmCLI
+
+
+# what jsonargparse says beside the reason, when a value fits none of the types that its key allows
+_BESIDE = re.compile(
+    r"Does not validate against|Subtypes:|Errors:|Given value|Problem with given class_path|Parser key|"
+    r"Expected a <class 'NoneType'>|Expected a path but .* not accessible|Expected a dot import path string"
+)
+_UNKNOWN = re.compile(r"Expected a dot import path string: (\S+)")
+
+
+def _one_line(message: str) -> str:
+    """The reason in an error of the argument parser, which comes nested in everything that was tried, with its key."""
+    key = ".".join(dict.fromkeys(re.findall(r'Parser key "([^"]+)":', message)))
+    unknown = _UNKNOWN.search(message)
+    if unknown and re.search(r"Expected a <class '(?!NoneType)", message):
+        unknown = None  # the class of a value that may also be a number
+    innermost = message[unknown.start() if unknown else max(message.rfind("Problem with given class_path"), 0) :]
+    reasons = plugins.explain(f'Parser key "{key}": {innermost}').splitlines()
+    if not reasons and unknown:
+        reasons = [f"nothing here is called {unknown.group(1)!r}: write the name of a known class, or its import path"]
+    if not reasons:
+        lines = [re.sub(r'.*Parser key "[^"]+":', "", line).strip().removeprefix("- ") for line in message.splitlines()]
+        reasons = [line for line in lines if line and not _BESIDE.match(line)]
+        # of a union, the types that the value was never meant to be
+        reasons = [r for r in reasons if not re.fullmatch(r"Expected a <class '\w+'>", r)] or reasons
+    text = "; ".join(dict.fromkeys(reasons)) or message.strip()
+    return f"{key}: {text}" if key else text
 
 
 def run(argv: Sequence[str]) -> int:
@@ -148,7 +175,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. A mistake of the user's is one line on stderr and exit status 2; LIT_PALM_TRACEBACK=1 shows where."""
+    """Entry point. A user's mistake is one line on stderr and exit status 2; LIT_PALM_TRACEBACK=1 shows where."""
     argv = list(sys.argv[1:] if argv is None else argv)
     _quiet()
     sys.argv[1:] = argv  # what Lightning's launchers start other ranks with
@@ -156,14 +183,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(argv)
     except BrokenPipeError:
         return 1
-    except (ValueError, OSError) as error:
-        # errors that lit_palm raised speak for themselves; anything from deeper down keeps its traceback
-        frames = traceback.extract_tb(error.__traceback__)
-        ours = os.path.dirname(__file__)
-        if os.environ.get("LIT_PALM_TRACEBACK") or not (frames and frames[-1].filename.startswith(ours)):
+    except Exception as error:
+        if os.environ.get("LIT_PALM_TRACEBACK") or not _speaks_for_itself(error):
             raise
-        print(f"lit-palm: error: {error}", file=sys.stderr)
+        print(f"lit-palm: error: {_one_line(str(error))}", file=sys.stderr)
         return 2
+
+
+def _speaks_for_itself(error: Exception) -> bool:
+    """Whether an error was raised for the user's eyes; anything from deeper down keeps its traceback."""
+    files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    if type(error).__name__ == "MisconfigurationException":  # Lightning, about its flags
+        return True
+    if isinstance(error, ValueError) and ("lightning" in files[-1].parts or any("jsonargparse" in f.parts for f in files)):
+        return True  # a flag that does not fit the data; an argument that a class refuses
+    return isinstance(error, ValueError | OSError | RuntimeError) and Path(__file__).parent in files[-1].parents
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from argparse import ArgumentError
+from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,15 +24,24 @@ __all__ = ["export_main", "main"]
 def _parser() -> Any:
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog="lit-palm generate", description="Complete prompts with a checkpoint.")
+    parser = ArgumentParser(
+        prog="lit-palm generate", description="Complete prompts with a checkpoint.", exit_on_error=False
+    )
     parser.add_argument("--checkpoint", type=str, required=True, help="A checkpoint with a language model or policy.")
-    parser.add_argument("--prompt", type=list[str], nargs="+", help="Prompts; several complete side by side.")
+    parser.add_argument("--prompt", type=str, nargs="+", help="Prompts; several complete side by side.")
     parser.add_argument("--file", type=str | None, help="A .txt file with a prompt a line, or .jsonl with a `prompt`.")
     parser.add_argument("--output", type=str | None, help="Write {prompt, completion} as jsonl instead of printing.")
     parser.add_argument("--chat", type=bool, default=False, help="Put each prompt through the chat template.")
     parser.add_argument("--seed", type=int, default=0, help="The same seed gives the same completions.")
     parser.add_class_arguments(Sampling, None)
     return parser
+
+
+def _parse(parser: Any, argv: Sequence[str]) -> Any:
+    try:
+        return parser.parse_args(list(argv))
+    except ArgumentError as error:
+        raise ValueError(str(error)) from error
 
 
 def read_prompts(path: str) -> list[str]:
@@ -57,20 +68,24 @@ def read_prompts(path: str) -> list[str]:
     return prompts
 
 
-def _stream(tokenizer: Any) -> Callable[[int, int], None]:
-    """Print a completion as it is sampled: whole characters only, since a character may span tokens."""
-    ids: list[int] = []
-    shown = 0
+class _Stream:
+    """Prints a completion as it is sampled: whole characters only, since a character may span tokens."""
 
-    def on_token(row: int, token: int) -> None:
-        nonlocal shown
-        ids.append(token)
-        text = tokenizer.decode(ids)
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.shown = 0
+
+    def __call__(self, row: int, token: int) -> None:
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids)
         if not text.endswith("\ufffd"):
-            print(text[shown:], end="", flush=True)
-            shown = len(text)
+            self.show(text)
 
-    return on_token
+    def show(self, text: str) -> None:
+        """Print what of the completion's text has not been printed."""
+        print(text[self.shown :], end="", flush=True)
+        self.shown = len(text)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -81,12 +96,13 @@ def main(argv: Sequence[str]) -> int:
     from lit_palm.rollout.engine import CachedEngine
     from lit_palm.rollout.sampling import row_seeds
 
-    parser = _parser()
-    args = parser.parse_args(list(argv))
+    args = _parse(_parser(), argv)
     sampling = Sampling(**{f.name: args[f.name] for f in fields(Sampling)})
     if bool(args.prompt) == bool(args.file):
         raise ValueError("name either --prompt or --file")
     prompts = args.prompt or read_prompts(args.file)
+    if args.output:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     tokenizer = load_checkpoint_tokenizer(args.checkpoint)
     network = load_network(args.checkpoint)
     assert isinstance(network, Network)
@@ -101,8 +117,8 @@ def main(argv: Sequence[str]) -> int:
         return torch.tensor(tokenizer.prefix + tokenizer.encode(prompt), dtype=torch.long)
 
     engine = CachedEngine()
-    streaming = not args.output and len(prompts) == 1
-    if streaming:
+    stream = _Stream(tokenizer) if not args.output and len(prompts) == 1 else None
+    if stream:
         print(prompts[0], end="", flush=True)
     generation = engine.generate(
         network,
@@ -112,7 +128,7 @@ def main(argv: Sequence[str]) -> int:
         pad_id=tokenizer.pad_id,
         eos_id=tokenizer.eos_id,
         decode=tokenizer.decode,
-        on_token=_stream(tokenizer) if streaming else None,
+        on_token=stream,
     )
     texts = [tokenizer.decode(c.tolist()) for c in generation.completions]
     if args.output:
@@ -121,7 +137,8 @@ def main(argv: Sequence[str]) -> int:
                 row = {"prompt": prompt, "completion": text, "finish_reason": reason}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         print(f"wrote {len(texts)} completions to {args.output}", file=sys.stderr)
-    elif streaming:
+    elif stream:
+        stream.show(texts[0])  # a character that was never completed
         print()
     else:
         for prompt, text in zip(prompts, texts, strict=True):
@@ -135,10 +152,10 @@ def export_main(argv: Sequence[str]) -> int:
 
     from lit_palm.modules.checkpoint import export_folder
 
-    parser = ArgumentParser(prog="lit-palm export", description=export_folder.__doc__)
+    parser = ArgumentParser(prog="lit-palm export", description=export_folder.__doc__, exit_on_error=False)
     parser.add_argument("checkpoint", type=str, help="A checkpoint file or directory.")
     parser.add_argument("folder", type=str, help="Where to write config.json and the safetensors files.")
-    args = parser.parse_args(list(argv))
+    args = _parse(parser, argv)
     export_folder(args.checkpoint, args.folder)
     print(f"wrote {args.folder}", file=sys.stderr)
     return 0

@@ -17,6 +17,7 @@ predicted, so it is zero there. Log-probabilities are in nats.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +25,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Experience", "Loss", "Output"]
+__all__ = ["Experience", "Loss", "Output", "has_float64"]
+
+
+@functools.cache
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64; some accelerators do not."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return False
+    return True
 
 
 class Experience(dict[str, Any]):

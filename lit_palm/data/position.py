@@ -7,7 +7,7 @@ for the rest of an accumulation window are not in the weights yet, so a run that
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lightning.pytorch import Trainer
 
@@ -29,7 +29,7 @@ class Position(NamedTuple):
 
 def position(trainer: Trainer) -> Position | None:
     """Where a run stands; None before its first epoch."""
-    loop = trainer.fit_loop
+    loop: Any = trainer.fit_loop  # its counters are typed as their common base class
     epoch, progress = loop.epoch_progress.current, loop.epoch_loop.batch_progress
     if not epoch.ready:
         return None

@@ -50,7 +50,7 @@ def ratings_recipe() -> Recipe:
             (stage, _lit("test", "--config", config, f"--ckpt_path=runs/demo/{stage}/last.ckpt")),
         ]
 
-    start = "runs/demo/finetune/last.ckpt"
+    start, pool = "runs/demo/finetune/last.ckpt", "runs/demo/control/pool.jsonl"
     return [
         ("data", _demo("data")),
         ("data", _demo("judge")),
@@ -58,8 +58,8 @@ def ratings_recipe() -> Recipe:
         *fit_and_test("finetune"),
         *fit_and_test("reward"),
         ("ppo", _lit("fit", "--config", f"{CONFIGS}/ppo.yaml")),
-        ("control", _sample(start, "runs/demo/control/pool.jsonl", "--data.predict=runs/demo/data/prompts/train.jsonl")),
-        ("control", _demo("control", "--samples", "runs/demo/control/pool.jsonl", "--output", "runs/demo/control/kept.jsonl")),
+        ("control", _sample(start, pool, "--data.predict=runs/demo/data/prompts/train.jsonl")),
+        ("control", _demo("control", "--samples", pool, "--output", "runs/demo/control/kept.jsonl")),
         ("control", _lit("fit", "--config", f"{CONFIGS}/control.yaml")),
         ("measure", _sample(start, "runs/demo/samples/start.jsonl")),
         ("measure", _sample("runs/demo/ppo/last.ckpt", "runs/demo/samples/ppo.jsonl")),

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_palm.models.base import Cache, Head, Network, NetworkConfig
 from lit_palm.models.kernels import split_swiglu, thin_linear
+from lit_palm.types import has_float64
 
 __all__ = ["PaLM", "PaLMCache", "PaLMConfig"]
 
@@ -388,7 +389,7 @@ class PaLM(Network):
             # not as inference tensors, even when validation comes before training; on the host where a device
             # has no float64
             with torch.inference_mode(False), torch.no_grad():
-                options: dict[str, Any] = {"dtype": torch.float64, "device": None if device.type == "mps" else device}
+                options: dict[str, Any] = {"dtype": torch.float64, "device": device if has_float64(device) else None}
                 place = torch.arange(config.max_length, **options)[:, None]
                 pair = torch.arange(half, **options) / half
                 angle = place * config.rope_theta**-pair

@@ -122,9 +122,9 @@ def _load_file(path: str) -> dict[str, Any]:
     except Exception as error:  # the unpickler raises whatever it stumbles over
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{path}: not a safe checkpoint ({why}). lit_palm loads files made of tensors and plain data only, and whole "
-            "ones; a pickle from elsewhere can run any code when it is opened: convert it to safetensors with the tool "
-            "that made it"
+            f"{path}: not a safe checkpoint ({why}). lit_palm loads files made of tensors and plain data only, and "
+            "whole ones; a pickle from elsewhere can run any code when it is opened: convert it to safetensors with the "
+            "tool that made it"
         ) from error
     if not isinstance(loaded, dict):
         raise ValueError(f"{path}: holds a {type(loaded).__name__}, not a lit_palm checkpoint")
@@ -193,8 +193,8 @@ def read_checkpoint(path: str | os.PathLike[str], header_only: bool = False) -> 
         raise ValueError(f"checkpoint {path!r} does not exist{hint}. Run the stage that writes it first.")
     if filesystem.isdir(inner):
         if filesystem.exists(f"{inner}/config.json"):
-            header = _folder_header(path)
-            loaded = {"lit_palm": header, "state_dict": {} if header_only else _folder_weights(path, header)}
+            own = _folder_header(path)
+            loaded = {"lit_palm": own, "state_dict": {} if header_only else _folder_weights(path, own)}
         elif filesystem.exists(f"{inner}/meta.pt"):
             loaded = {**_load_file(f"{path}/meta.pt"), "state_dict": {} if header_only else _load_shards(path)}
         else:

@@ -24,9 +24,11 @@ from torch.optim import Optimizer
 from lit_palm.data.tokenizers import Tokenizer
 from lit_palm.models.base import Network, NetworkConfig
 from lit_palm.modules import resume
-from lit_palm.modules.checkpoint import FORMAT, network_to_dict, load_checkpoint_tokenizer, load_network, read_config
+from lit_palm.modules.checkpoint import FORMAT, load_checkpoint_tokenizer, load_network, network_to_dict, read_config
+from lit_palm.modules.compatibility import check_resumable, config_of
 from lit_palm.modules.means import Means
 from lit_palm.modules.sharding import check_strategy, shard
+from lit_palm.modules.step_weight import StepWeight
 from lit_palm.objectives.base import Kind, Objective
 from lit_palm.types import Experience, Loss, Output
 from lit_palm.version import __version__
@@ -83,8 +85,7 @@ class LitModule(LightningModule):
         self.num_tokens_seen: int | Tensor = 0
         self.means = Means()
         self._seed: int | None = None
-        self._weight: Tensor | None = None
-        self._term_weights: dict[str, Tensor] = {}
+        self.step_weight = StepWeight()
         self._frozen: frozenset[str] = frozenset()
         self._watched: dict[str, list[Tensor]] = {}
 
@@ -103,6 +104,8 @@ class LitModule(LightningModule):
         if self.tokenizer is None or isinstance(self.tokenizer, str):
             raise ValueError("no tokeniser: name one with --data.tokenizer, or a checkpoint with --model.network")
         check_strategy(self.trainer.strategy)
+        if stage == "fit":
+            resume.check_trainer(self.trainer, "rollouts" in self.objective.needs)
         # with 16-bit weights Lightning would round what batches hold (old log-probabilities, advantages, returns), and
         # move the first ratio off 1; networks are given token ids alone
         self.trainer.precision_plugin.convert_input = _as_it_is  # type: ignore[method-assign]
@@ -121,7 +124,7 @@ class LitModule(LightningModule):
     @property
     def between_steps(self) -> bool:
         """True when no micro-batch waits for the rest of its optimiser step."""
-        return self._weight is None
+        return self.step_weight.value is None
 
     def build_network(self) -> Network:
         """The language model that `network` describes, with its vocabulary taken from the tokeniser.
@@ -186,7 +189,6 @@ class LitModule(LightningModule):
 
     def on_train_start(self) -> None:
         self._reset_step()
-        resume.check_trainer(self.trainer)
         if self._seed is None:  # a resumed run goes on with the seed it began with
             self._seed = int(self.trainer.strategy.broadcast(torch.initial_seed() % 2**63))
 
@@ -195,7 +197,7 @@ class LitModule(LightningModule):
         resume.align(self.trainer, self._seed)
 
     def _reset_step(self) -> None:
-        self._weight, self._frozen, self._watched = None, frozenset(), {}
+        self.step_weight, self._frozen, self._watched = StepWeight(), frozenset(), {}
 
     def loss_of(self, output: Output, batch: Experience) -> Loss:
         """The objective's summed loss of a micro-batch.
@@ -215,28 +217,13 @@ class LitModule(LightningModule):
 
     def account(self, loss: Loss, batch: Experience) -> Tensor:
         """Add a micro-batch's weight to the optimiser step's, log its metrics, and give the scalar to differentiate."""
-        weight = self.objective.weight(batch)
-        total = loss.total
-        if isinstance(total, dict):
-            # terms with weights of their own are divided before backward, by the weights of the whole step
-            assert isinstance(weight, dict)
-            first = self._weight is None
-            if first:
-                self._term_weights = self._weights_of_step(weight)
-            parts = [term / self._term_weights[name].clamp(min=1e-8) for name, term in total.items()]
-            total = torch.stack(parts).sum()
-            share = 1 / self.trainer.world_size if first else 0.0
-            weight = torch.tensor(share, dtype=torch.float32, device=total.device)
-        assert isinstance(weight, Tensor)
-        weight = weight.to(dtype=torch.float32)
-        self._weight = weight if self._weight is None else self._weight + weight
+        total, shown = self.step_weight.add(self, loss, batch)
         self._frozen |= loss.frozen
         for name in self.objective.watches:
             value, count = loss.metrics[name]
             self._watched.setdefault(name, []).append(torch.stack([value.float(), count.float()]))
         self.num_tokens_seen = self.num_tokens_seen + batch["mask"].sum()
-        value = total.detach() if isinstance(loss.total, dict) else total.detach() / weight.clamp(min=1e-8)
-        self.log("loss", value, prog_bar=True, batch_size=1)
+        self.log("loss", shown, prog_bar=True, batch_size=1)
         for name, (value, count) in loss.metrics.items():
             self.log(name, value / count.clamp(min=1), prog_bar=name in self.progress_metrics, batch_size=1)
         return total
@@ -244,47 +231,22 @@ class LitModule(LightningModule):
     progress_metrics: ClassVar[tuple[str, ...]] = ()
     """Metrics shown beside the loss in the progress bar."""
 
-    def _weights_of_step(self, weight: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The weights of every term over all micro-batches and ranks of the optimiser step that begins.
-
-        Raises:
-            ValueError: gradients are accumulated over a dataloader that cannot look ahead.
-        """
-        loop = self.trainer.fit_loop.epoch_loop
-        left = int(self.trainer.num_training_batches) - loop.batch_progress.current.ready
-        rest = min(self.trainer.accumulate_grad_batches - 1, left)
-        loader: Any = self.trainer.train_dataloader
-        if rest > 0 and not hasattr(loader, "upcoming"):
-            raise ValueError(
-                f"{type(self.objective).__name__} has several loss terms with weights of their own; to accumulate "
-                "gradients the dataloader must look ahead, as those of lit_palm's data modules do: use one of these, or "
-                "trainer.accumulate_grad_batches 1"
-            )
-        sums = {name: value.float() for name, value in weight.items()}
-        for batch in loader.upcoming(rest) if rest > 0 else []:
-            others = self.objective.weight(batch)
-            assert isinstance(others, dict)
-            sums = {name: value + others[name].to(value) for name, value in sums.items()}
-        return {name: self._all_sum(value) for name, value in sums.items()}
-
-    def _all_sum(self, value: Tensor) -> Tensor:
+    def all_sum(self, value: Tensor) -> Tensor:
+        """The sum over all ranks."""
         if self.trainer.world_size == 1:
             return value
         return self.trainer.strategy.reduce(value, reduce_op="sum")
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divide by the weight of the whole step; drop what this step must not change."""
-        assert self._weight is not None, "an optimiser step without a training_step"
-        weight = self._all_sum(self._weight)
-        # Lightning divided by the accumulation, and data parallelism averages over ranks: undo both
-        factor = self.trainer.accumulate_grad_batches * self.trainer.world_size / weight.clamp(min=1e-8)
+        factor = self.step_weight.factor(self)
         grads = [_local(p.grad) for p in self.parameters() if p.grad is not None]
         if grads:
             torch._foreach_mul_(grads, factor.to(grads[0].dtype))
         for role in self._frozen:
             self._drop_gradients(self.networks[role])
         if self._watched:
-            sums = {k: self._all_sum(torch.stack(v).sum(0)).tolist() for k, v in self._watched.items()}
+            sums = {k: self.all_sum(torch.stack(v).sum(0)).tolist() for k, v in self._watched.items()}
             if self.objective.after_step({k: s / max(n, 1) for k, (s, n) in sums.items()}):
                 self._drop_gradients(self.networks)
                 self.stop_update()
@@ -341,34 +303,8 @@ class LitModule(LightningModule):
         Raises:
             ValueError: naming what differs and the way out.
         """
-        header = checkpoint.get("lit_palm")
-        if header is None:
-            raise ValueError("the checkpoint to resume has no `lit_palm` entry: it was not written by lit_palm")
-        if header.get("format") != FORMAT:
-            raise ValueError(f"the checkpoint to resume has format {header.get('format')!r}, this version {FORMAT}")
-        if header["kind"] != self.kind:
-            raise ValueError(
-                f"the checkpoint to resume was written by a {header['kind']} module, this is a {self.kind} one; to "
-                "start a stage from another's result, name it with --model.network instead of --ckpt_path"
-            )
         own = self.header()
-        if header["tokenizer"] != own["tokenizer"]:
-            raise ValueError("the checkpoint to resume was trained with another tokeniser than the data brings")
-        for role, config in own["networks"].items():
-            there = header["networks"].get(role)
-            if there is not None and there.get("pooling") != config.get("pooling"):
-                raise ValueError(
-                    f"the checkpoint to resume pools its {role} by {there.get('pooling')}, this run by "
-                    f"{config.get('pooling')}"
-                )
-            if there is None or there["class_path"] != config["class_path"]:
-                raise ValueError(f"the checkpoint to resume has no {config['class_path']} as {role}")
-            for key in config["init_args"].keys() - _config_of(self.networks[role]).CHANGEABLE:
-                if there["init_args"].get(key) != config["init_args"][key]:
-                    raise ValueError(
-                        f"the checkpoint to resume has {key} {there['init_args'].get(key)!r} in its {role}, the "
-                        f"configuration {config['init_args'][key]!r}"
-                    )
+        header = check_resumable(checkpoint.get("lit_palm"), own, self.networks)
         if header["objective"]["class_path"] == own["objective"]["class_path"]:
             self.objective.load_state_dict(header["objective"]["state"])
         self.num_tokens_seen = int(header["num_tokens"])
@@ -384,7 +320,7 @@ class LitModule(LightningModule):
 
     def log_means(self) -> dict[str, float]:
         """Log, and return, the means of what was added."""
-        means = self.means.pop(lambda sums: self._all_sum(sums.to(self.device)))
+        means = self.means.pop(lambda sums: self.all_sum(sums.to(self.device)))
         for name, value in means.items():
             shown = name in self.progress_metrics or name[4:] in self.progress_metrics
             self.log(name, value, prog_bar=shown, sync_dist=True)  # the same on every rank; Lightning would warn
@@ -400,7 +336,7 @@ class LitModule(LightningModule):
     def network_config(self) -> NetworkConfig:
         """Configuration of the network, before and after it is built."""
         if self.networks:
-            return _config_of(next(iter(self.networks.values())))
+            return config_of(next(iter(self.networks.values())))
         if isinstance(self.network, str):
             return read_config(self.network)
         return self.network
@@ -423,7 +359,3 @@ def _as_it_is(data: Any) -> Any:
 def _local(grad: Tensor) -> Tensor:
     """This rank's part of a gradient (itself unless it is a DTensor)."""
     return grad.to_local() if isinstance(grad, DTensor) else grad
-
-
-def _config_of(network: nn.Module) -> NetworkConfig:
-    return network.config if isinstance(network, Network) else network.trunk.config  # type: ignore[union-attr,return-value]

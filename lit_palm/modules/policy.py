@@ -138,8 +138,8 @@ class LitPolicy(LitModule):
         assert isinstance(trunk, Network) and self.tokenizer is not None
         if (trunk.config.vocab_size or 0) < self.tokenizer.vocab_size:
             raise ValueError(
-                f"{what} knows {trunk.config.vocab_size} token ids, the tokeniser has {self.tokenizer.vocab_size}: both "
-                "must come from the same tokeniser"
+                f"{what} knows {trunk.config.vocab_size} token ids, the tokeniser has {self.tokenizer.vocab_size}: "
+                "both must come from the same tokeniser"
             )
 
     def group_options(self, role: str) -> dict[str, Any]:
@@ -167,7 +167,7 @@ class LitPolicy(LitModule):
     # ------------------------------------------------------------------ rollouts
 
     def rollout_loader(self, prompts: Sequence[dict[str, Any]]) -> RolloutLoader:
-        """The training dataloader: collections sampled from these prompts (rows with `prompt_ids`, `prompt`, `columns`).
+        """The training dataloader: collections sampled from prompts (rows with `prompt_ids`, `prompt`, `columns`).
 
         Raises:
             ValueError: the objective does not sample, there are no prompts, or sizes do not divide.
@@ -256,7 +256,7 @@ class LitPolicy(LitModule):
 
     @torch.no_grad()
     def evaluate_prompts(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
-        """Continue a batch of prompts with seeds of their own: rows of prompt, completion, ended, num_tokens, kl, rewards."""
+        """Continue a batch of prompts with seeds of their own; rows of text, length, divergence and rewards."""
         with gathered(self.networks):
             return self._evaluate_prompts(batch)
 

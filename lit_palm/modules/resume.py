@@ -18,14 +18,30 @@ from lit_palm.data.position import position
 __all__ = ["align", "check_trainer", "settle"]
 
 
-def check_trainer(trainer: Trainer) -> None:
+def check_trainer(trainer: Trainer, samples: bool) -> None:
     """Refuse flags that would silently change what is trained.
+
+    Args:
+        trainer: about to fit.
+        samples: the training data are rollouts.
 
     Raises:
         ValueError: naming the flag and the way out.
     """
-    if len(trainer.optimizers) > 1:
-        raise ValueError("lit_palm modules use one optimiser with parameter groups")
+    if trainer.accumulate_grad_batches < 1:
+        raise ValueError(f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}: use at least 1")
+    if not samples:
+        return
+    if trainer.overfit_batches:  # type: ignore[attr-defined]
+        raise ValueError(
+            "trainer.overfit_batches repeats batches of a data set, and rollouts are sampled anew each time: leave it "
+            "out, and set data.limit to train on few prompts"
+        )
+    if trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+        raise ValueError(
+            "trainer.reload_dataloaders_every_n_epochs would begin again with the first collection: leave it out, "
+            "every epoch is a new collection anyway"
+        )
 
 
 def settle(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
@@ -39,7 +55,7 @@ def settle(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     loop = checkpoint.get("loops", {}).get("fit_loop")
     if where is None or not loop:
         return
-    progress = trainer.fit_loop.epoch_loop.batch_progress.current
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     epochs, batches = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
     earlier = epochs["total"]["processed"] - epochs["current"]["processed"]
     _set(epochs["current"], where.epoch + where.begun, where.epoch)

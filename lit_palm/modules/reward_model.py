@@ -32,7 +32,8 @@ class LitRewardModel(LitModule):
 
     Validation logs `val/loss`, `val/accuracy` (ranked pairs ordered as people did), `val/margin` and
     `val/{min,mean,max}_reward`; monitor `val/accuracy` (mode max) or `val/loss`. After each validation the score is
-    calibrated on the validation answers, so that what a checkpoint scores has mean 0 (and deviation 1) over them; the metrics are of raw scores.
+    calibrated on the validation answers, so that what a checkpoint scores has mean 0 (and deviation 1) over them; the
+    metrics are of raw scores.
 
     Args:
         network: the path of a language model's checkpoint (its trunk gets a fresh head) or of a reward model's, or a
@@ -96,7 +97,25 @@ class LitRewardModel(LitModule):
     def validation_step(self, batch: Experience, batch_idx: int, dataloader_idx: int = 0) -> None:
         output = self._evaluate(batch, "val/")
         assert output.scores is not None
+        if batch_idx == 0:
+            self.samples = self._as_samples(batch)
         self._moments.update(output.scores[rows_that_count(batch)])
+
+    def _as_samples(self, batch: Experience, count: int = 8) -> list[dict[str, Any]]:
+        """The first answers with their scores as they come out, for people to read."""
+        rows, tokenizer = batch.select(range(min(count, batch.num_rows))), self.ready_tokenizer
+        scores = self._output(rows, calibrated=True).scores
+        assert scores is not None
+        return [
+            {
+                "prompt": tokenizer.decode(tokens[mask & ~answer].tolist()),
+                "completion": tokenizer.decode(tokens[answer].tolist()),
+                "rewards": {"score": score},
+            }
+            for tokens, mask, answer, score in zip(
+                rows["tokens"], rows["mask"], rows["loss_mask"], scores.tolist(), strict=True
+            )
+        ]
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()

@@ -33,7 +33,8 @@ def check_strategy(strategy: Strategy) -> None:
             )
     elif not isinstance(strategy, DDPStrategy | SingleDeviceStrategy):
         raise ValueError(
-            f"trainer.strategy: {name} is none that lit_palm can set up; use auto, ddp, or ModelParallelStrategy to shard"
+            f"trainer.strategy: {name} is none that lit_palm can set up; use auto, ddp, or "
+            "ModelParallelStrategy to shard"
         )
 
 

@@ -81,8 +81,8 @@ def check_first_ratio(module: LitPolicy, experience: Experience, num_rows: int =
                 part["old_logps"],
                 part["loss_mask"],
                 dtype,
-                "between collecting and training: the ratio would not start at 1. The network's result depends on how rows "
-                "are batched; check its masks and positions",
+                "between collecting and training: the ratio would not start at 1. The network's result depends on how "
+                "rows are batched; check its masks and positions",
             ),
         )
     module.networks.train(training)

@@ -20,6 +20,7 @@ from torch import Tensor
 from lit_palm.models.base import Network
 from lit_palm.models.kernels import last_logits
 from lit_palm.rollout.sampling import Sampling, filter_logits, sample, uniform
+from lit_palm.types import has_float64
 
 __all__ = ["CachedEngine", "Engine", "Generation"]
 
@@ -175,7 +176,7 @@ class _Batch:
         self.device = next(network.parameters()).device
         num_rows, steps = len(prompts), sampling.max_new_tokens
         self.uniforms = uniform(seeds[:, None], torch.arange(steps, device=seeds.device))
-        if self.device.type != "mps":  # has no float64
+        if has_float64(self.device):
             self.uniforms = self.uniforms.to(self.device)
         self.tokens = torch.full((steps, num_rows), pad_id, dtype=torch.long, device=self.device)
         self.logps = torch.zeros(steps, num_rows, dtype=torch.float32, device=self.device)

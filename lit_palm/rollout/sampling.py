@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_palm.types import has_float64
+
 __all__ = ["Sampling", "filter_logits", "row_seeds", "sample", "uniform"]
 
 
@@ -139,7 +141,7 @@ def sample(weights: Tensor, uniforms: Tensor) -> Tensor:
     Returns:
         [B] long.
     """
-    if weights.device.type == "mps":  # has no float64
+    if not has_float64(weights.device):
         return sample(weights.cpu(), uniforms.cpu()).to(weights.device)
     if weights.shape[1] <= 1024:
         return _invert(weights, uniforms)[0].squeeze(1)
