@@ -23,7 +23,7 @@ from typing import Any
 
 from lit_palm import plugins
 
-__all__ = ["build_cli", "main"]
+__all__ = ["build_cli", "main", "prepare_process"]
 
 EXTRA_VERBS = {
     "generate": "Complete prompts with a checkpoint, streaming to the terminal.",
@@ -32,8 +32,11 @@ EXTRA_VERBS = {
 }
 
 
-def _quiet() -> None:
-    """Drop advice that does not apply to what lit_palm does, and that a user could not act on."""
+def prepare_process() -> None:
+    """Before torch is imported: how threads wait, and which advice is dropped because a user could not act on it."""
+    # A thread that spins while it waits takes the core from the one it waits for. On a machine that does anything else
+    # beside training, sleeping is several times faster; on an idle one it costs little.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for message in (
         ".*does not have many workers.*",  # rows are tokenised once; collating them is cheap
         ".*Checkpoint directory .* exists and is not empty.*",
@@ -177,7 +180,7 @@ def run(argv: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. A user's mistake is one line on stderr and exit status 2; LIT_PALM_TRACEBACK=1 shows where."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    _quiet()
+    prepare_process()
     sys.argv[1:] = argv  # what Lightning's launchers start other ranks with
     try:
         return run(argv)
@@ -195,7 +198,8 @@ def _speaks_for_itself(error: Exception) -> bool:
     files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
     if type(error).__name__ == "MisconfigurationException":  # Lightning, about its flags
         return True
-    if isinstance(error, ValueError) and ("lightning" in files[-1].parts or any("jsonargparse" in f.parts for f in files)):
+    parsing = any("jsonargparse" in file.parts for file in files)
+    if isinstance(error, ValueError) and (parsing or "lightning" in files[-1].parts):
         return True  # a flag that does not fit the data; an argument that a class refuses
     return isinstance(error, ValueError | OSError | RuntimeError) and Path(__file__).parent in files[-1].parents
 

@@ -24,7 +24,8 @@ from lit_palm.rollout.collector import RolloutConfig
 from lit_palm.rollout.rewards import PythonReward, RewardModel
 from lit_palm.rollout.sampling import Sampling
 
-WORDS = "the cat sat on a warm mat and saw nine small birds fly over tall trees".split()
+WORDS = ["the", "cat", "sat", "on", "a", "warm", "mat", "and", "saw", "nine", "small", "birds", "fly", "over", "tall"]
+WORDS += ["trees"]
 
 
 def config(**changes: Any) -> PaLMConfig:
@@ -124,9 +125,10 @@ def policy(ppo: dict[str, Any] | None = None, rollout: dict[str, Any] | None = N
 def trainer(folder: Path | str, **options: Any) -> Trainer:
     """A Trainer on one process that prints nothing and writes nothing unless told to."""
     quiet: dict[str, Any] = {
-        "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-        "num_sanity_val_steps": 0, "default_root_dir": str(folder), "log_every_n_steps": 1,
-    }
+        "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False,
+        "enable_model_summary": False, "num_sanity_val_steps": 0, "default_root_dir": str(folder),
+        "log_every_n_steps": 1,
+    }  # fmt: skip
     if not options.get("callbacks"):
         quiet["enable_checkpointing"] = False
     return Trainer(**{**quiet, **options})

@@ -122,8 +122,8 @@ def _load_file(path: str) -> dict[str, Any]:
     except Exception as error:  # the unpickler raises whatever it stumbles over
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{path}: not a safe checkpoint ({why}). lit_palm loads files made of tensors and plain data only, and "
-            "whole ones; a pickle from elsewhere can run any code when it is opened: convert it to safetensors with the "
+            f"{path}: not a safe checkpoint ({why}). lit_palm loads whole files of tensors and plain data only; a pickle "
+            "from elsewhere can run any code when it is opened: convert it to safetensors with the "
             "tool that made it"
         ) from error
     if not isinstance(loaded, dict):

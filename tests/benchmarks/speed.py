@@ -1,6 +1,6 @@
 """Speed and memory beside peers, in one run, as ratios: seconds on one machine say nothing about another.
 
-    python -m tests.benchmarks.speed                       # a table on the terminal, and speed.json
+    python -m tests.benchmarks.speed                       # a table on the terminal, and runs/speed.json
     python -m tests.benchmarks.speed --only generation     # one part of it
     python -m tests.benchmarks.speed --short               # a tiny network, to see that everything runs
 
@@ -257,7 +257,7 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, action="append", help="measure only this part (may be repeated)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     parser.add_argument("--short", action="store_true", help="a tiny network, to see that everything runs")
-    parser.add_argument("--output", type=Path, default=Path("speed.json"), help="where the figures go")
+    parser.add_argument("--output", type=Path, default=Path("runs/speed.json"), help="where the figures go")
     parser.add_argument("--update-of", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -272,6 +272,7 @@ def main() -> None:
             rate = f"  {result['tokens_per_second']:9.1f} tokens/s" if "tokens_per_second" in result else ""
             print(f"{name:55s} {result['ratio']:6.2f}{rate}", flush=True)
     figures = {"torch": torch.__version__, "threads": args.threads, "shape": asdict(shape), "results": results}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""One large batch, accumulated micro-batches and two processes take the same steps, also when they share the weights."""
+"""One large batch, accumulated micro-batches and two processes take the same steps, with whole or shared weights."""
 
 from __future__ import annotations
 

@@ -175,5 +175,6 @@ def test_dropout_is_a_function_of_the_step(tmp_path: Path) -> None:
 
 
 def test_an_objective_of_another_kind_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"runs objectives of kind 'language_model'; PPO is of kind 'policy'.*LitPolicy"):
+    match = r"runs objectives of kind 'language_model'; PPO is of kind 'policy'.*LitPolicy"
+    with pytest.raises(ValueError, match=match):
         language_model(objective=PPO())

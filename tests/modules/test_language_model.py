@@ -36,7 +36,7 @@ def documents(folder: Path, tokenizer: Any, **options: Any) -> TextData:
 
 
 @pytest.mark.parametrize("pack, batch_size", [(True, 3), (False, 1)])
-@pytest.mark.parametrize("make_tokenizer", [lambda: "bytes", lambda: BPETokenizer(vocab_size=290)], ids=["bytes", "bpe"])
+@pytest.mark.parametrize("make_tokenizer", [lambda: "bytes", lambda: BPETokenizer(vocab_size=290)], ids=["b", "bpe"])
 def test_bits_per_byte_agree_with_one_document_at_a_time(
     make_tokenizer: Any, pack: bool, batch_size: int, tmp_path: Path
 ) -> None:

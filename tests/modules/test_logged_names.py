@@ -66,7 +66,8 @@ def test_values_of_a_collection_are_those_of_its_completions(tmp_path: Path) -> 
     original = module.objective.prepare
 
     def prepare(experience: Any) -> Any:
-        kept.append({k: v.clone() for k, v in experience.items() if hasattr(v, "clone")} | {"rewards": experience.rewards})
+        tensors = {k: v.clone() for k, v in experience.items() if hasattr(v, "clone")}
+        kept.append({**tensors, "rewards": experience.rewards})
         return original(experience)
 
     module.objective.prepare = prepare  # type: ignore[method-assign]
@@ -79,8 +80,9 @@ def test_values_of_a_collection_are_those_of_its_completions(tmp_path: Path) -> 
         ("objective/kl", lambda e: ((e["old_logps"] - e["ref_logps"]) * e["loss_mask"]).sum(1).mean()),
         ("val/num_eos_tokens", lambda e: e["ended"].sum()),
     ):
+        expected = [float(value(e)) for e in kept]
         # float32 means, written as float32
-        assert [e.value for e in events.Scalars(name)] == pytest.approx([float(value(e)) for e in kept], rel=1e-5, abs=1e-6)
+        assert [e.value for e in events.Scalars(name)] == pytest.approx(expected, rel=1e-5, abs=1e-6)
     # tokens are counted over prompts and completions
     assert events.Scalars("num_tokens")[-1].value == sum(int(e["mask"].sum()) for e in kept)
     ratios = [e.value for e in events.Scalars("val/ratio")]

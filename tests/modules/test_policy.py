@@ -68,11 +68,12 @@ class WeightedImitation(Objective):
 
 
 def test_an_offline_objective_learns_from_given_data(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "say ", "completion": "yes"}, {"prompt": "do ", "completion": "no"}])
+    rows = [{"prompt": "say ", "completion": "yes"}, {"prompt": "do ", "completion": "no"}]
+    path = write_jsonl(tmp_path / "d.jsonl", rows)
 
     def trained(pull: float) -> dict[str, float]:
         torch.manual_seed(0)
-        module = LitPolicy(config(), WeightedImitation(pull), optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2))
+        module = LitPolicy(config(), WeightedImitation(pull), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
         run = trainer(tmp_path, max_epochs=30)
         run.fit(module, datamodule=DemonstrationData(train=path, validation=path, tokenizer="bytes", batch_size=2))
         assert set(module.networks) == {"policy"}, "nothing asked for a value network"
@@ -88,7 +89,7 @@ def test_data_of_the_wrong_kind_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, max_epochs=1).fit(LitPolicy(config(), WeightedImitation()), datamodule=prompt_data(tmp_path))
     path = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "say ", "completion": "yes"}])
     data = DemonstrationData(train=path, tokenizer="bytes", batch_size=1)
-    with pytest.raises(ValueError, match="PPO samples its own completions.*PromptData"):
+    with pytest.raises(ValueError, match=r"PPO samples its own completions.*PromptData"):
         trainer(tmp_path, max_epochs=1).fit(policy(), datamodule=data)
 
 
@@ -105,7 +106,8 @@ def test_the_reference_does_not_move_and_is_not_saved(tmp_path: Path) -> None:
     trainer(tmp_path, max_epochs=2).fit(module, datamodule=prompt_data(tmp_path))
     assert all(torch.equal(v, before[k]) for k, v in reference.state_dict().items())
     # with tied embeddings too: the policy's own did move
-    assert not torch.equal(first["networks.policy.embedding.weight"], weights(module)["networks.policy.embedding.weight"])
+    name = "networks.policy.embedding.weight"
+    assert not torch.equal(first[name], weights(module)[name])
     theirs = {p.data_ptr() for p in reference.parameters()}
     assert not theirs & {p.data_ptr() for p in module.parameters()}
     assert not any(p.requires_grad for p in reference.parameters()) and not reference.training
@@ -151,7 +153,7 @@ def test_validation_is_the_same_whenever_and_however_batched(tmp_path: Path) -> 
     single, _ = validated(module, eval_batch_size=1)
     # sums of float32 log-probabilities over batches of another shape
     assert single == pytest.approx(first, rel=1e-5, abs=1e-5)
-    assert {"val/reward", "val/kl", "val/length", "val/ended", "val/rewards/lower_case", "val/rewards/count_a"} <= set(first)
+    assert {"val/reward", "val/kl", "val/length", "val/ended", "val/rewards/lower_case"} <= set(first)
     assert first["val/reward"] == pytest.approx(first["val/rewards/lower_case"] + 0.5 * first["val/rewards/count_a"])
     other, _ = validated(policy(rollout={"seed": 1}))
     assert other["val/reward"] != first["val/reward"], "another seed draws other completions"
@@ -252,12 +254,12 @@ def test_what_cannot_work_is_refused_when_it_is_built(tmp_path: Path) -> None:
         Sampling(max_new_tokens=0)
     with pytest.raises(ValueError, match=r"sampling\.temperature must be positive"):
         policy(sampling=Sampling(temperature=0))
-    with pytest.raises(ValueError, match="PPO needs a reward: add one under model.rewards"):
+    with pytest.raises(ValueError, match=r"PPO needs a reward: add one under model.rewards"):
         policy(rewards=[])
-    with pytest.raises(ValueError, match="two of .* share one"):
+    with pytest.raises(ValueError, match=r"two of .* share one"):
         policy(rewards=[PythonReward(letters), PythonReward(letters)])
     with pytest.raises(ValueError, match=r"8 rows, which rollout\.minibatch_size 3 does not divide"):
         trainer(tmp_path, max_epochs=1).fit(policy(rollout={"minibatch_size": 3}), datamodule=prompt_data(tmp_path))
-    with pytest.raises(ValueError, match="more than the network's context|more than the network's max_length"):
+    with pytest.raises(ValueError, match=r"more than the network's context|more than the network's max_length"):
         module = policy(sampling=Sampling(max_new_tokens=60))
         trainer(tmp_path, max_epochs=1).fit(module, datamodule=prompt_data(tmp_path))

@@ -107,12 +107,12 @@ def test_float32_rounds_far_below_its_bound(tmp_path: Path) -> None:
 
 
 def test_a_network_that_forgets_about_padding_is_found(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="between sampling and training.*cache"):
+    with pytest.raises(RuntimeError, match=r"between sampling and training.*cache"):
         start(tmp_path, network=BlindConfig(**SHAPE))
 
 
 def test_a_network_whose_result_depends_on_the_batch_is_found(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="between collecting and training.*how rows are batched"):
+    with pytest.raises(RuntimeError, match=r"between collecting and training.*how rows are batched"):
         start(tmp_path, network=CrowdConfig(**SHAPE))
 
 

@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from lightning.pytorch.strategies import ModelParallelStrategy
-
 from torch.distributed.tensor import DTensor
 
 from lit_palm.callbacks import LastCheckpoint
@@ -37,7 +35,9 @@ def main(folder: Path, strategy: str, jobs: list[str]) -> None:
         chosen: Any = strategy
         if strategy == "sharded":
             chosen = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-        return trainer(folder, **{"strategy": chosen, "devices": 2, "gradient_clip_val": 0.5, "max_epochs": 2, **options})
+        return trainer(
+            folder, **{"strategy": chosen, "devices": 2, "gradient_clip_val": 0.5, "max_epochs": 2, **options}
+        )
 
     for job in jobs:
         kind, _, resumed = job.partition("+")
