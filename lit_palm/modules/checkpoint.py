@@ -122,9 +122,9 @@ def _load_file(path: str) -> dict[str, Any]:
     except Exception as error:  # the unpickler raises whatever it stumbles over
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{path}: not a safe checkpoint ({why}). lit_palm loads whole files of tensors and plain data only; a pickle "
-            "from elsewhere can run any code when it is opened: convert it to safetensors with the "
-            "tool that made it"
+            f"{path}: not a safe checkpoint ({why}). lit_palm loads whole files of tensors and plain data only; a "
+            "pickle from elsewhere can run any code when it is opened: convert it to safetensors with the tool that "
+            "made it"
         ) from error
     if not isinstance(loaded, dict):
         raise ValueError(f"{path}: holds a {type(loaded).__name__}, not a lit_palm checkpoint")

@@ -1,4 +1,4 @@
-"""The recipes as a user runs them: the commands, where they write, and a short run of everything that needs no download."""
+"""The recipes as a user runs them: commands, folders, and a short run of everything that needs no download."""
 
 from __future__ import annotations
 

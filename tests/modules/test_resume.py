@@ -136,7 +136,8 @@ WITHIN = {"val_check_interval": 2, "check_val_every_n_epoch": None}
     "name, accumulate, flags",
     [
         ("language model", 2, {"max_steps": 8, **WITHIN}),  # an epoch has six steps: through its end, and in its middle
-        ("reward model", 1, {"max_epochs": 3}),  # a validation is due after the epoch's last batch
+        # three steps an epoch: a validation is due after each sixth, and the run ends before another would calibrate
+        ("reward model", 1, {"max_steps": 8}),
         ("policy", 1, {"max_epochs": 2}),  # one pass, the other, the next collection
         ("policy", 4, {"max_steps": 6, **WITHIN}),
         ("early stop", 1, {"max_epochs": 3}),

@@ -79,6 +79,8 @@ def start(folder: Path, precision: Any = "32-true", kind: Any = None, **options:
     original = module._output
 
     def output(batch: Any) -> Any:
+        # whatever the weights' precision, what was measured while collecting stays as it was
+        assert {batch[name].dtype for name in ("old_logps", "advantages", "returns", "values")} == {torch.float32}
         result = original(batch)
         found.append((result.logps - batch["old_logps"])[batch["loss_mask"]].abs().max().item())
         return result
@@ -104,6 +106,12 @@ def test_the_first_ratio_is_one_in_every_precision(precision: str, bound: float,
 
 def test_float32_rounds_far_below_its_bound(tmp_path: Path) -> None:
     assert start(tmp_path)[1] < 1e-5
+
+
+def test_dropout_is_off_while_collecting_and_scoring(tmp_path: Path) -> None:
+    module, _ = start(tmp_path, network=PaLMConfig(**SHAPE, dropout=0.3))
+    assert float(module.trainer.callback_metrics["startup/max_logratio"]) < 1e-5
+    assert module.networks.training, "and on again in training"
 
 
 def test_a_network_that_forgets_about_padding_is_found(tmp_path: Path) -> None:
