@@ -57,7 +57,8 @@ def two_processes(folder: Path, strategy: str, *jobs: str) -> Path:
 
 @pytest.fixture(scope="module")
 def ddp(session_folder: Path) -> Path:
-    return two_processes(session_folder, "ddp", "language_model", "reward_model", "policy", "policy+resumed")
+    jobs = ("language_model", "reward_model", "policy", "policy+resumed", "early_stop")
+    return two_processes(session_folder, "ddp", *jobs)
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +68,14 @@ def sharded(session_folder: Path) -> Path:
 
 def agree(job: str, folder: Path, here: Path) -> None:
     one, two = one_process(job, here, 1), torch.load(folder / f"{job}.pt")
-    assert one["step"] == two["step"] >= 6
+    assert one["step"] == two["step"] >= 4
     assert two["metrics"]["grad_norm"] == pytest.approx(one["metrics"]["grad_norm"], rel=1e-5)
     assert apart(learned(one["weights"]), learned(two["weights"])) < TOLERANCE
     # what is validated is a mean over all rows, whoever held them and however many each had
     names = {
         "language_model": ["val/loss", "val/bits_per_byte", "val/perplexity"],
         "reward_model": ["val/loss", "val/accuracy", "val/margin"],
+        "early_stop": [],  # a collection that is left early has no end to validate at
         "policy": ["val/reward", "val/kl", "val/length", "val/ended", "val/rewards/lower_case"],
     }
     for name in names[job]:
@@ -88,7 +90,7 @@ def test_accumulation_equals_one_large_batch(job: str, tmp_path: Path) -> None:
     assert apart(learned(large["weights"]), learned(small["weights"])) < TOLERANCE
 
 
-@pytest.mark.parametrize("job", ["language_model", "reward_model", "policy"])
+@pytest.mark.parametrize("job", ["language_model", "reward_model", "policy", "early_stop"])
 def test_two_processes_equal_one(job: str, tmp_path: Path, ddp: Path) -> None:
     agree(job, ddp, tmp_path)
 

@@ -178,6 +178,21 @@ def test_training_does_not_move_validations_seeds(tmp_path: Path) -> None:
     assert Path(checkpoint.best_model_path).exists()
 
 
+def test_a_checkpoint_is_validated_by_its_path(tmp_path: Path) -> None:
+    """Against the reference that training had: the network that both are built from."""
+    run = trainer(tmp_path, max_epochs=1)
+    module = policy()
+    run.fit(module, datamodule=prompt_data(tmp_path))
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    trained = trainer(tmp_path).validate(module, datamodule=prompt_data(tmp_path), verbose=False)
+    fresh = trainer(tmp_path).validate(policy(), datamodule=prompt_data(tmp_path), verbose=False)
+    loaded = trainer(tmp_path).validate(
+        policy(), datamodule=prompt_data(tmp_path), ckpt_path=tmp_path / "x.ckpt", verbose=False
+    )
+    assert loaded == trained and loaded != fresh
+    assert fresh[0]["val/kl"] == pytest.approx(0, abs=1e-5) != loaded[0]["val/kl"]
+
+
 def test_prediction_gives_rows_with_their_rewards(tmp_path: Path) -> None:
     module, data = policy(), prompt_data(tmp_path, predict=str(tmp_path / "held_prompts.jsonl"))
     batches: Any = trainer(tmp_path).predict(module, datamodule=data)

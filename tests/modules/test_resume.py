@@ -24,6 +24,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lit_palm.callbacks import LastCheckpoint
+from lit_palm.callbacks.last_checkpoint import _replace
 from lit_palm.modules.checkpoint import read_checkpoint
 from lit_palm.optim import CosineWithWarmup
 from tests.support import (
@@ -140,6 +141,7 @@ WITHIN = {"val_check_interval": 2, "check_val_every_n_epoch": None}
         ("reward model", 1, {"max_steps": 8}),
         ("policy", 1, {"max_epochs": 2}),  # one pass, the other, the next collection
         ("policy", 4, {"max_steps": 6, **WITHIN}),
+        ("policy", 1, {"max_epochs": 3, "limit_train_batches": 2}),  # half of each collection is left unused
         ("early stop", 1, {"max_epochs": 3}),
         ("early stop", 1, {"max_steps": 6, **WITHIN}),
     ],
@@ -251,6 +253,18 @@ def test_a_saving_that_breaks_off_leaves_the_checkpoint_before(
     runs.run(callback=LastCheckpoint(str(path.parent), every_n_steps=2))
     assert len(moves) == 2, "the second saving broke off"
     assert torch.load(path, weights_only=True)["global_step"] == 2
+
+
+def test_a_folder_of_shards_replaces_a_file_and_another_folder(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    path.write_text("a file")
+    for number in range(2):
+        new = tmp_path / ".last.ckpt.new"
+        new.mkdir()
+        (new / f"shard{number}").touch()
+        _replace(new, path)
+        assert [p.name for p in path.iterdir()] == [f"shard{number}"]
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"], "nothing else is left"
 
 
 SCRIPT = """

@@ -27,7 +27,8 @@ def make(job: str, folder: Path, ways: int) -> tuple[Any, Any]:
         return language_model(), text_data(folder, batch_size=4 // ways)
     if job == "reward_model":
         return reward_model(calibrate="whiten"), ranking_data(folder, batch_size=4 // ways)
-    return policy(), prompt_data(folder)
+    # with a bound on the divergence most of a collection's minibatches are left unused
+    return policy(ppo={"max_update_kl": 2e-3} if job == "early_stop" else {}), prompt_data(folder)
 
 
 def main(folder: Path, strategy: str, jobs: list[str]) -> None:
