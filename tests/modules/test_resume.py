@@ -113,7 +113,7 @@ class Runs:
 def check(runs: Runs, *, stride: int = 1) -> None:
     expected, order = runs.straight()
     steps = expected["step"]
-    assert steps >= 6
+    assert steps >= 4
     # after the very last step there is nothing left to resume but a validation, which Lightning then leaves out
     for step in range(1, steps, stride):
         state, batches = runs.killed_after(step)
@@ -151,9 +151,9 @@ def test_resume_is_exact(name: str, accumulate: int, flags: dict[str, Any], tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("validation", [{}, WITHIN, {"limit_val_batches": 0}], ids=["epoch", "within", "none"])
-@pytest.mark.parametrize("length", [{"max_steps": 10}, {"max_epochs": 3}], ids=["steps", "epochs"])
-@pytest.mark.parametrize("accumulate", [1, 2, 4])
+@pytest.mark.parametrize("validation", [{}, WITHIN], ids=["epoch", "within"])
+@pytest.mark.parametrize("length", [{"max_steps": 9}, {"max_epochs": 2}], ids=["steps", "epochs"])
+@pytest.mark.parametrize("accumulate", [1, 4])
 @pytest.mark.parametrize("name", ["language model", "reward model", "policy", "early stop"])
 def test_resume_is_exact_whole(
     name: str, accumulate: int, length: dict[str, Any], validation: dict[str, Any], tmp_path: Path
