@@ -16,7 +16,7 @@ from lit_palm.types import Experience, Loss, Output
 __all__ = ["Kind", "Need", "Objective"]
 
 Kind = Literal["language_model", "reward", "policy"]
-Need = Literal["rollouts", "reference", "value", "reward", "entropy", "log_z"]
+Need = Literal["rollouts", "old_logps", "rollout_logps", "reference", "value", "reward", "entropy", "log_z"]
 
 
 class Objective(ABC):
@@ -37,10 +37,32 @@ class Objective(ABC):
     """True when rows of one `group` must stay in one micro-batch (pairs, rankings, groups of completions)."""
 
     @property
+    def coupled(self) -> bool:
+        """True when the loss of a row depends on other rows of its micro-batch beyond its group (a sort, a batch
+        statistic), so that cutting a batch into micro-batches changes it. What is coupled cannot promise that
+        accumulation and several processes take the step of one large batch."""
+        return False
+
+    @property
     def needs(self) -> frozenset[Need]:
-        """What the host must provide: `rollouts` (sample completions), `reference` (ref_logps), `value` (a value
-        network), `reward` (scores), `entropy` and `log_z` (in the output)."""
+        """What the host must provide: `rollouts` (sample completions), `old_logps` (of the policy that sampled, as
+        training computes them), `rollout_logps` (as the engine reported them), `reference` (ref_logps), `value` (a
+        value network), `reward` (scores), `entropy` and `log_z` (in the output)."""
         return frozenset()
+
+    def accept(self, experience: Experience) -> Tensor | None:
+        """Which sampled rows may enter the collection, before `prepare`; others are replaced by new prompts.
+
+        Dynamic sampling (DAPO) drops groups whose rewards are all equal. As long as rows are missing, further prompts
+        are sampled, for at most `rollout.max_rounds` rounds in all; then the collection stays smaller.
+
+        Args:
+            experience: the rows of all ranks of one round, annotated, with whole groups, on the CPU.
+
+        Returns:
+            [B] bool, equal within a group; None accepts everything.
+        """
+        return None
 
     def prepare(self, experience: Experience) -> Experience:
         """Add what the loss needs, once for each collection; gets the rows of all ranks, on the CPU.
@@ -54,7 +76,10 @@ class Objective(ABC):
         return experience
 
     def num_kept(self, num_rows: int) -> int:
-        """How many of a collection's rows `prepare` keeps; override it together with a selection."""
+        """How many of a collection's rows `prepare` keeps at most; override it together with a selection.
+
+        A collection that keeps fewer makes a shorter epoch.
+        """
         return num_rows
 
     @abstractmethod

@@ -122,7 +122,7 @@ class PPO(Objective):
 
     @property
     def needs(self) -> frozenset[Need]:
-        needs: set[Need] = {"rollouts", "value", "reward", "entropy"}
+        needs: set[Need] = {"rollouts", "old_logps", "value", "reward", "entropy"}
         if self.needs_reference:
             needs.add("reference")
         return frozenset(needs)
