@@ -19,10 +19,12 @@ from lit_palm.data import DemonstrationData, PreferenceData, PromptData, TextDat
 from lit_palm.data.tokenizers import ByteTokenizer
 from lit_palm.models.palm import PaLMConfig
 from lit_palm.modules import LitLanguageModel, LitPolicy, LitRewardModel
-from lit_palm.objectives import PPO
+from lit_palm.objectives import PPO, Objective
+from lit_palm.objectives.base import Need
 from lit_palm.rollout.collector import RolloutConfig
 from lit_palm.rollout.rewards import PythonReward, RewardModel
 from lit_palm.rollout.sampling import Sampling
+from lit_palm.types import Experience, Loss, Output
 
 WORDS = ["the", "cat", "sat", "on", "a", "warm", "mat", "and", "saw", "nine", "small", "birds", "fly", "over", "tall"]
 WORDS += ["trees"]
@@ -110,8 +112,17 @@ def policy(ppo: dict[str, Any] | None = None, rollout: dict[str, Any] | None = N
     torch.manual_seed(0)
     fields: dict[str, Any] = {
         "network": config(),
-        "objective": PPO(**{"kl_target": 0.5, "kl_horizon": 20, "kl_coef": 0.1, "scale_reward": "running",
-                            "center_reward": True, "missing_eos_penalty": 0.5, **(ppo or {})}),
+        "objective": PPO(
+            **{
+                "kl_target": 0.5,
+                "kl_horizon": 20,
+                "kl_coef": 0.1,
+                "scale_reward": "running",
+                "center_reward": True,
+                "missing_eos_penalty": 0.5,
+                **(ppo or {}),
+            }
+        ),
         "rewards": [PythonReward(lower_case), PythonReward(count_a, weight=0.5)],
         "rollout": RolloutConfig(**{"num_prompts": 8, "passes": 2, "minibatch_size": 4, **(rollout or {})}),
         # a fresh network writes any byte: about one in four of them ends a completion
@@ -120,6 +131,54 @@ def policy(ppo: dict[str, Any] | None = None, rollout: dict[str, Any] | None = N
         "value_lr": 5e-3,
     }
     return LitPolicy(**{**fields, **options})
+
+
+class Selective(Objective):
+    """Rejects prompts whose answers are all worth the same, learns from the better answers only, ever fewer of them."""
+
+    API_VERSION = 1
+
+    def __init__(self, share: float = 0.75, reject: bool = True) -> None:
+        self.share, self.reject, self.rounds = share, reject, 0
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"rollouts", "reward", "old_logps"})
+
+    def accept(self, experience: Experience) -> Tensor | None:
+        if not self.reject:
+            return None
+        group, scores = experience["group"], experience["scores"]
+        spread = torch.stack([scores[group == g].max() - scores[group == g].min() for g in group])
+        return spread > 1.5
+
+    def prepare(self, experience: Experience) -> Experience:
+        self.rounds += 1
+        kept = int(experience.num_rows * self.share / self.rounds)
+        return experience.select(experience["scores"].argsort(descending=True, stable=True)[:kept])
+
+    def weight(self, experience: Experience) -> Tensor:
+        return experience["loss_mask"].sum()
+
+    def loss(self, output: Output, experience: Experience) -> Loss:
+        assert output.logps is not None
+        ratio = torch.where(experience["loss_mask"], output.logps - experience["old_logps"], 0).exp()
+        return Loss(-torch.where(experience["loss_mask"], ratio, 0).sum())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rounds": self.rounds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rounds = state["rounds"]
+
+
+def selective_policy(
+    share: float = 0.75, reject: bool = True, rollout: dict[str, Any] | None = None, **options: Any
+) -> LitPolicy:
+    """A policy whose collections differ in size and need several rounds."""
+    sizes = {"num_prompts": 4, "completions_per_prompt": 4, "passes": 2, "minibatch_size": 4, "max_rounds": 3}
+    objective = Selective(share, reject)
+    return policy(rollout={**sizes, **(rollout or {})}, objective=objective, value_lr=None, **options)
 
 
 def trainer(folder: Path | str, **options: Any) -> Trainer:
@@ -164,13 +223,15 @@ def same(one: Any, other: Any, where: str = "") -> None:
 def everything(run: Trainer) -> dict[str, Any]:
     """All that decides how a run goes on: weights, optimiser, schedules, objective, step."""
     module: Any = run.lightning_module
-    return copy.deepcopy({
-        "weights": weights(module),
-        "optimizer": run.optimizers[0].state_dict(),
-        "schedulers": [s.scheduler.state_dict() for s in run.lr_scheduler_configs],
-        "objective": module.objective.state_dict(),
-        "step": run.global_step,
-    })
+    return copy.deepcopy(
+        {
+            "weights": weights(module),
+            "optimizer": run.optimizers[0].state_dict(),
+            "schedulers": [s.scheduler.state_dict() for s in run.lr_scheduler_configs],
+            "objective": module.objective.state_dict(),
+            "step": run.global_step,
+        }
+    )
 
 
 @contextmanager

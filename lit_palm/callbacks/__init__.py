@@ -1,6 +1,6 @@
 """Callbacks, one concern each: samples as text, throughput, the learning rate, the progress bar, results as files."""
 
-from lit_palm.callbacks.files import MetricsFile, PredictionWriter
+from lit_palm.callbacks.files import MetricsFile, PredictionWriter, RolloutWriter
 from lit_palm.callbacks.last_checkpoint import LastCheckpoint
 from lit_palm.callbacks.learning_rate import LearningRate
 from lit_palm.callbacks.progress import ProgressBar
@@ -15,6 +15,7 @@ __all__ = [
     "MetricsFile",
     "PredictionWriter",
     "ProgressBar",
+    "RolloutWriter",
     "SampleLogger",
     "Throughput",
 ]

@@ -1,4 +1,4 @@
-"""Results as files that other programs read: the latest metrics as JSON, predictions as jsonl."""
+"""Results as files that other programs read: the latest metrics as JSON, predictions and rollouts as jsonl."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-__all__ = ["MetricsFile", "PredictionWriter"]
+__all__ = ["MetricsFile", "PredictionWriter", "RolloutWriter"]
 
 
 def _write(path: Path, text: str) -> None:
@@ -79,6 +79,39 @@ class PredictionWriter(Callback):
         if trainer.world_size > 1:
             path = path.with_name(f"{path.stem}.{trainer.global_rank}{path.suffix}")
         _write(path, "".join(line + "\n" for line in self._lines))
+
+
+class RolloutWriter(Callback):
+    """Writes what a policy samples while it trains: one jsonl file a collection, one completion a line.
+
+    A line has `prompt`, `completion`, `ended`, `num_tokens`, `score`, `rewards` by name, `row`, `group` (the prompt's
+    number), and `kept`: whether the objective learns from it. A collection that is sampled again, because a run was
+    interrupted, replaces its file.
+
+    Args:
+        folder: gets collection-00000.jsonl and so on.
+        every: write every so many collections.
+    """
+
+    def __init__(self, folder: str, every: int = 1) -> None:
+        if every < 1:
+            raise ValueError(f"RolloutWriter: every is {every}; it must be at least 1")
+        self.folder, self.every = Path(folder), every
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        rollouts = getattr(pl_module, "rollouts", None)
+        if rollouts is None:
+            raise ValueError(
+                "RolloutWriter writes what a policy samples while it trains, and this run does not sample: leave it out"
+            )
+        rollouts.record = True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        found, pl_module.rollouts.records = pl_module.rollouts.records, None
+        if found is None or not trainer.is_global_zero or found[0] % self.every:
+            return
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in found[1]]
+        _write(self.folder / f"collection-{found[0]:05d}.jsonl", "".join(lines))
 
 
 def _rows(outputs: Any) -> Iterator[dict[str, Any]]:

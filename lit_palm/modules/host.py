@@ -240,6 +240,8 @@ class LitModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divide by the weight of the whole step; drop what this step must not change."""
         factor = self.step_weight.factor(self)
+        if "rollouts" in self.objective.needs and not self.step_weight.total > 0:
+            self._drop_gradients(self.networks)  # nothing to learn from: momentum and decay must not move anything
         grads = [_local(p.grad) for p in self.parameters() if p.grad is not None]
         if grads:
             torch._foreach_mul_(grads, factor.to(grads[0].dtype))

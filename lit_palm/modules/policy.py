@@ -94,6 +94,8 @@ class LitPolicy(LitModule):
         self.frozen: dict[str, nn.Module] = {}
         self.rollouts: Rollouts | None = None
         self._reference_id = ""
+        self.engine_agrees: bool | None = None
+        """The engine's log-probabilities equalled those of training in the first collection; None: not known yet."""
         self.starts_as_reference = False
         """True until the first step of a policy whose reference is itself as it started."""
 
@@ -217,6 +219,7 @@ class LitPolicy(LitModule):
         super().on_train_batch_start(batch, batch_idx)
         # the loader cannot log: what a collection found out is logged with its first minibatch
         if self.rollouts is not None:
+            self.rollouts.fit_epoch()
             for name, value in self.rollouts.pop_metrics().items():
                 self.log(name, value, batch_size=1, prog_bar=name in self.progress_metrics)
 
@@ -329,11 +332,12 @@ class LitPolicy(LitModule):
     # ------------------------------------------------------------------ checkpoints
 
     def header(self) -> dict[str, Any]:
-        return super().header() | {"reference": self._reference_id}
+        return super().header() | {"reference": self._reference_id, "engine_agrees": self.engine_agrees}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.starts_as_reference = False
+        self.engine_agrees = checkpoint["lit_palm"].get("engine_agrees")
         if checkpoint["lit_palm"].get("reference") != self._reference_id:
             raise ValueError(
                 "the frozen reference is not the one this run started with: name the same checkpoint as model.network "

@@ -17,7 +17,7 @@ from torch import Tensor
 from lit_palm.models.base import Network
 from lit_palm.modules.sharding import gathered
 from lit_palm.modules.startup import check_first_ratio
-from lit_palm.rollout.collector import annotate, assemble, merge, prompt_order
+from lit_palm.rollout.collector import annotate, assemble, merge, prompt_order, take
 from lit_palm.rollout.loader import RolloutLoader
 from lit_palm.rollout.rewards import RewardBatch, total_reward
 from lit_palm.rollout.sampling import row_seeds
@@ -30,6 +30,9 @@ __all__ = ["VALIDATION", "Rollouts"]
 
 VALIDATION = -1
 """Number of the stream that validation samples from; collections count from 0."""
+
+ENGINE_TOLERANCE = 1e-5
+"""Nats a token within which `rollout.old_logps: auto` takes the engine's log-probabilities for those of training."""
 
 Prompt = dict[str, Any]
 """A prompt row: `prompt_ids` [n] long, `prompt` str, `columns` dict."""
@@ -49,6 +52,11 @@ class Rollouts:
         """Found out while collecting, to be logged with the next training step."""
         self.checked = False
         self.update_started = 0.0
+        self.record = False
+        """Keep what is sampled in `records`, for people to read; whoever wants it says so before training."""
+        self.records: tuple[int, list[dict[str, Any]]] | None = None
+        """Number and rows of the last collection."""
+        self._most_batches = 0.0
         objective, config = module.objective, module.rollout
         if config.num_prompts % module.trainer.world_size:
             raise ValueError(
@@ -73,43 +81,130 @@ class Rollouts:
     @torch.no_grad()
     def collect(self, collection: int) -> Experience:
         """Sample, score, annotate and prepare one collection; the same on every rank, on the CPU."""
-        module, config = self.module, self.module.rollout
+        module = self.module
         assert module.between_steps, "a collection in the middle of an optimiser step"
         started = time.perf_counter()
-        copies = config.completions_per_prompt
-        order = prompt_order(len(self.prompts), config.seed, collection * config.num_prompts, config.num_prompts)
-        # whole prompts go to a rank, so that the completions of one share its prefill
-        mine = torch.arange(module.global_rank, config.num_prompts, module.trainer.world_size)
-        rows = (mine[:, None] * copies + torch.arange(copies)).flatten()
-        prompts = [self.prompts[order[i]] for i in mine.tolist() for _ in range(copies)]
         training = module.networks.training
         module.networks.eval()  # no dropout while collecting and scoring
         with gathered(module.networks), module.numerics():
-            experience, batch, seconds = sample(module, prompts, rows, collection, copies)
-            self.metrics |= seconds
-            annotate(experience, self._fields, config.batch_size, module.device)
+            experience = self._sample_until_full(collection)
         module.networks.train(training)
-        experience = merge(self._gather(experience), module.pad_id)
         self._describe(experience)
-        if not self.checked:
-            self.checked = True
-            self.metrics["startup/max_logratio"] = check_first_ratio(module, experience)
-        del experience["engine_logps"]  # the ratio's denominator is what training itself computes
-        module.samples = as_samples(batch, experience if module.trainer.world_size == 1 else None)
+        sampled = self._records(experience)
         experience = module.objective.prepare(experience)
+        if sampled is not None:
+            kept = set(experience["row"].tolist())
+            self.records = collection, [{**row, "kept": row["row"] in kept} for row in sampled]
         self.metrics |= experience.get("metrics", {})
+        if experience.num_rows == 0:
+            rank_zero_warn(f"of collection {collection} the objective kept no completion: nothing is learned from it")
         self.update_started = time.perf_counter()
         self.metrics["time/collect_s"] = self.update_started - started
         return experience
 
+    def _sample_until_full(self, collection: int) -> Experience:
+        """The accepted rows of as many rounds as it takes, `rollout.max_rounds` at most."""
+        config, pad_id = self.module.rollout, self.module.pad_id
+        accepted: list[Experience] = []
+        wanted, rounds = config.num_rows, 0
+        while wanted > 0 and rounds < config.max_rounds:
+            experience = self._round(collection, rounds)
+            rounds += 1
+            verdict = self.module.objective.accept(experience)
+            if verdict is not None:
+                accepted.append(take(experience, verdict.nonzero().squeeze(1)[:wanted]))
+                wanted -= accepted[-1].num_rows
+            else:
+                accepted, wanted = [*accepted, experience], 0
+            if verdict is not None:
+                self.metrics["rollout/rounds"] = float(rounds)
+        if "rollout/rounds" in self.metrics:
+            self.metrics["rollout/accepted"] = sum(p.num_rows for p in accepted) / (rounds * config.num_rows)
+        found = [part for part in accepted if part.num_rows]
+        if not found:
+            rank_zero_warn(
+                f"all completions of collection {collection} were rejected by {type(self.module.objective).__name__}; "
+                "it goes on with those of the last round. Raise rollout.max_rounds, or look at the rewards"
+            )
+            found = [experience]
+        return merge(found, pad_id)
+
+    def _round(self, collection: int, number: int) -> Experience:
+        """The completions of `num_prompts` prompts, scored and annotated, of all ranks."""
+        module, config = self.module, self.module.rollout
+        copies = config.completions_per_prompt
+        start = collection * config.num_prompts
+        order = prompt_order(len(self.prompts), config.seed, start, config.num_prompts, stream=number)
+        # whole prompts go to a rank, so that the completions of one share its prefill
+        mine = torch.arange(module.global_rank, config.num_prompts, module.trainer.world_size)
+        rows = ((number * config.num_prompts + mine)[:, None] * copies + torch.arange(copies)).flatten()
+        prompts = [self.prompts[order[i]] for i in mine.tolist() for _ in range(copies)]
+        experience, batch, seconds = sample(module, prompts, rows, collection, copies)
+        for name, value in seconds.items():
+            self.metrics[name] = value + (self.metrics.get(name, 0.0) if number else 0.0)
+        annotate(experience, self._fields, config.batch_size, module.device)
+        if self.record:
+            experience["prompt"], experience["completion"] = batch.prompts, batch.completions
+        experience = merge(self._gather(experience), module.pad_id)
+        module.samples = as_samples(batch, experience if module.trainer.world_size == 1 else None)
+        return self._settle_logps(experience)
+
     def _fields(self, rows: Experience) -> dict[str, Tensor]:
         module, needs = self.module, self.module.objective.needs
-        fields = {"old_logps": module.policy_logps(rows)}
+        fields = {}
+        if not self.checked or ("old_logps" in needs and not self.trusts_engine):
+            fields["old_logps"] = module.policy_logps(rows)
         if "reference" in needs:
             fields["ref_logps"] = module.reference_logps(rows)
         if "value" in needs:
             fields["values"] = module.state_values(rows)
         return fields
+
+    @property
+    def trusts_engine(self) -> bool:
+        """Whether the engine's log-probabilities stand in for those of a forward pass."""
+        choice = self.module.rollout.old_logps
+        return choice == "engine" or (choice == "auto" and self.module.engine_agrees is True)
+
+    def _settle_logps(self, experience: Experience) -> Experience:
+        """Check the first collection; then leave the log-probabilities that the objective asked for."""
+        module, needs = self.module, self.module.objective.needs
+        if not self.checked:
+            self.checked = True
+            self.metrics["startup/max_logratio"] = check_first_ratio(module, experience)
+            apart = (experience["engine_logps"] - experience["old_logps"]).abs().max().item()
+            self.metrics["startup/engine_logratio"] = apart
+            if module.engine_agrees is None:  # a run that goes on keeps to what it began with
+                module.engine_agrees = apart <= ENGINE_TOLERANCE
+        engine = experience.pop("engine_logps")
+        if self.trusts_engine:
+            experience["old_logps"] = engine
+        if "old_logps" not in needs:
+            experience.pop("old_logps", None)
+        if "rollout_logps" in needs:
+            experience["rollout_logps"] = engine
+        return experience
+
+    def _records(self, experience: Experience) -> list[dict[str, Any]] | None:
+        """What was sampled, for people to read, when somebody records it; the texts leave the collection."""
+        if not self.record:
+            return None
+        texts = zip(experience.pop("prompt"), experience.pop("completion"), strict=True)
+        lengths = experience["loss_mask"].sum(1).tolist()
+        rewards = experience.get("rewards", {})
+        return [
+            {
+                "row": int(experience["row"][i]),
+                "group": int(experience["group"][i]),
+                "prompt": prompt,
+                "completion": completion,
+                "ended": bool(experience["ended"][i]),
+                "num_tokens": lengths[i],
+                "score": experience["scores"][i].item() if "scores" in experience else None,
+                "rewards": {name: values[i].item() for name, values in rewards.items()},
+            }
+            for i, (prompt, completion) in enumerate(texts)
+        ]
 
     def _gather(self, experience: Experience) -> list[Experience]:
         world_size = self.module.trainer.world_size
@@ -128,6 +223,15 @@ class Rollouts:
         for name, values in experience.get("rewards", {}).items():
             self.metrics[f"rewards/{name}/mean"] = values.mean().item()
             self.metrics[f"rewards/{name}/std"] = values.std().item() if len(values) > 1 else 0.0
+
+    def fit_epoch(self) -> None:
+        """Make Lightning's epoch as long as the collection that has just been made."""
+        trainer: Any = self.module.trainer
+        loop = trainer.fit_loop
+        self._most_batches = self._most_batches or loop.max_batches
+        loop.max_batches = min(self._most_batches, self.loader.num_batches)
+        if isinstance(trainer.val_check_interval, float) and trainer.val_check_batch != float("inf"):
+            trainer.val_check_batch = max(1, int(loop.max_batches * trainer.val_check_interval))
 
     def pop_metrics(self) -> dict[str, float]:
         """The metrics found since the last call."""

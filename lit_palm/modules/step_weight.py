@@ -24,10 +24,12 @@ class StepWeight:
 
     Attributes:
         value: the sum so far on this rank; None between steps.
+        total: the sum over all ranks, once `factor` has been asked for.
     """
 
     def __init__(self) -> None:
         self.value: Tensor | None = None
+        self.total = torch.zeros(())
         self._terms: dict[str, Tensor] = {}
 
     def add(self, module: LitModule, loss: Loss, batch: Experience) -> tuple[Tensor, Tensor]:
@@ -82,4 +84,5 @@ class StepWeight:
         assert self.value is not None, "an optimiser step without a training_step"
         trainer = module.trainer
         # Lightning divided by the accumulation, and data parallelism averages over ranks: undo both
-        return trainer.accumulate_grad_batches * trainer.world_size / module.all_sum(self.value).clamp(min=1e-8)
+        self.total = module.all_sum(self.value)
+        return trainer.accumulate_grad_batches * trainer.world_size / self.total.clamp(min=1e-8)

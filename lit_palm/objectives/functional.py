@@ -11,6 +11,7 @@ from torch import Tensor
 from lit_palm.types import Experience
 
 __all__ = [
+    "MAX_EXPONENT",
     "KLEstimator",
     "RunningMoments",
     "kl_estimate",
@@ -23,8 +24,8 @@ __all__ = [
 
 KLEstimator = Literal["k1", "k2", "k3"]
 
-# exp of anything larger is of no use to an optimiser, and overflows float16 and bfloat16 sums
 MAX_EXPONENT = 20.0
+"""Where exponents are clamped: exp of more is of no use to an optimiser, and overflows float16 sums."""
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

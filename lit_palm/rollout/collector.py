@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 from lit_palm.rollout.engine import Generation
 from lit_palm.types import Experience
 
-__all__ = ["RolloutConfig", "annotate", "assemble", "merge", "prompt_order"]
+__all__ = ["RolloutConfig", "annotate", "assemble", "merge", "prompt_order", "take"]
+
+
+OldLogps = Literal["auto", "trainer", "engine"]
 
 
 @dataclass
@@ -34,13 +38,20 @@ class RolloutConfig:
     """Completions a training batch, over all ranks; `trainer.accumulate_grad_batches` makes a step of several."""
     batch_size: int = 64
     """Rows a forward pass without gradients, on each rank (log-probabilities, values, rewards)."""
+    max_rounds: int = 1
+    """Most rounds of `num_prompts` prompts until a collection is full, where an objective rejects samples."""
+    old_logps: OldLogps = "auto"
+    """Log-probabilities of the policy that sampled: a forward pass (`trainer`), as the engine reported them (`engine`),
+    or the engine's when they agreed with the forward pass to 1e-5 in the first collection (`auto`)."""
     seed: int = 0
     """Seed of prompts' order, samples and minibatches."""
 
     def __post_init__(self) -> None:
-        for name in ("num_prompts", "completions_per_prompt", "passes", "minibatch_size", "batch_size"):
+        for name in ("num_prompts", "completions_per_prompt", "passes", "minibatch_size", "batch_size", "max_rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"rollout.{name} must be at least 1, got {getattr(self, name)}")
+        if self.old_logps not in get_args(OldLogps):
+            raise ValueError(f"rollout.old_logps is {self.old_logps!r}: choose {', '.join(get_args(OldLogps))}")
 
     @property
     def num_rows(self) -> int:
@@ -48,12 +59,14 @@ class RolloutConfig:
         return self.num_prompts * self.completions_per_prompt
 
 
-def prompt_order(num_prompts: int, seed: int, start: int, count: int) -> list[int]:
+def prompt_order(num_prompts: int, seed: int, start: int, count: int, stream: int = 0) -> list[int]:
     """The prompts at places start .. start + count of an endless shuffled sequence: each pass its own permutation.
 
-    A function of its arguments alone, so that nothing has to be saved and the number of ranks changes nothing.
+    A function of its arguments alone, so that nothing has to be saved and the number of ranks changes nothing. Other
+    streams are other sequences.
     """
     order: list[int] = []
+    seed += stream * 2**40
     while len(order) < count:
         epoch, offset = divmod(start + len(order), num_prompts)
         generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
@@ -110,8 +123,16 @@ def annotate(
             experience[name][part, : values.shape[1]] = values.float().cpu()
 
 
+def take(experience: Experience, rows: Tensor) -> Experience:
+    """Some rows of a collection, with their rewards."""
+    taken = experience.select(rows)
+    if "rewards" in experience:
+        taken["rewards"] = {name: values[rows] for name, values in experience["rewards"].items()}
+    return taken
+
+
 def merge(parts: Sequence[Experience], pad_id: int) -> Experience:
-    """The rows of all ranks as one experience, in the order of `row`."""
+    """The rows of all ranks (or rounds) as one experience, in the order of `row`."""
     if len(parts) == 1:
         return parts[0]
     width = max(p["tokens"].shape[1] for p in parts)
@@ -125,8 +146,6 @@ def merge(parts: Sequence[Experience], pad_id: int) -> Experience:
             merged[name] = torch.cat(columns)
         elif isinstance(first, list):
             merged[name] = [value for p in parts for value in p[name]]
-    order = merged["row"].argsort()
-    whole = merged.select(order)
     if "rewards" in parts[0]:
-        whole["rewards"] = {k: torch.cat([p["rewards"][k] for p in parts])[order] for k in parts[0]["rewards"]}
-    return whole
+        merged["rewards"] = {k: torch.cat([p["rewards"][k] for p in parts]) for k in parts[0]["rewards"]}
+    return take(merged, merged["row"].argsort())

@@ -25,13 +25,14 @@ class RolloutLoader:
     Args:
         collect: collect(k) gives the k-th collection of all ranks, prepared, on the CPU.
         config: sizes and seed.
-        num_rows: rows that a collection has after `prepare`.
+        num_rows: most rows that a collection has after `prepare`; with fewer, its epoch is shorter and the last
+            minibatch of a pass may be smaller.
         grouped: rows of a group stay in one minibatch; `prepare` keeps equally many of each.
         rank: this process's number.
         world_size: number of processes; each gets its share of every minibatch.
 
     Raises:
-        ValueError: the sizes do not divide; while iterating: a collection is not of the size that was promised.
+        ValueError: the sizes do not divide; while iterating: a collection is larger than was promised.
     """
 
     def __init__(
@@ -71,16 +72,25 @@ class RolloutLoader:
     def __len__(self) -> int:
         return self.config.passes * (self.num_rows // self.config.minibatch_size)
 
+    @property
+    def num_batches(self) -> int:
+        """Minibatches of the collection under way; `len()` of one that is not made yet."""
+        return len(self) if self.buffer is None else self.config.passes * self._batches_a_pass(self.buffer)
+
+    def _batches_a_pass(self, buffer: Experience) -> int:
+        # a collection of which nothing was kept is served as one minibatch without weight
+        return max(1, -(-buffer.num_rows // self.config.minibatch_size))
+
     def __iter__(self) -> Iterator[Experience]:
         # A generator: nothing happens before the first minibatch is asked for. Lightning calls iter() twice at set-up.
         if self.stopped:  # restored right after an early stop: this epoch is over
             self.finish()
             return
-        if self.position >= len(self):  # Lightning counts to the length and never asks for one more
+        if self.position >= self.num_batches:  # Lightning counts to the length and never asks for one more
             self.finish()
         if self.buffer is None:
             self.buffer = self._checked(self.collect(self.collection))
-        while self.position < len(self) and not self.stopped:
+        while self.position < self.num_batches and not self.stopped:
             batch = self.minibatch(self.position)
             self.position += 1
             yield batch
@@ -88,12 +98,12 @@ class RolloutLoader:
 
     def _checked(self, experience: Experience) -> Experience:
         """The collection, if `prepare` kept what `num_kept` said."""
-        if experience.num_rows != self.num_rows:
+        if experience.num_rows > self.num_rows:
             raise ValueError(
                 f"a collection has {experience.num_rows} rows after the objective's prepare(), where its num_kept() "
-                f"says {self.num_rows}: the two must agree"
+                f"promises at most {self.num_rows}: the two must agree"
             )
-        if self.grouped:
+        if self.grouped and experience.num_rows:
             _, sizes = experience["group"].unique(return_counts=True)
             if bool((sizes != self.unit).any()):
                 raise ValueError(
@@ -105,23 +115,23 @@ class RolloutLoader:
     def minibatch(self, position: int) -> Experience:
         """This rank's rows of the minibatch at a position."""
         assert self.buffer is not None
-        number, index = divmod(position, self.num_rows // self.config.minibatch_size)
+        number, index = divmod(position, self._batches_a_pass(self.buffer))
         mixed = (self.config.seed * 1_000_003 + self.collection) * 1_000_003 + number
         generator = torch.Generator().manual_seed(mixed % (2**63))
         units = self._units()
         order = units[torch.randperm(len(units), generator=generator)]
         count = self.config.minibatch_size // units.shape[1]
         rows = order[index * count : (index + 1) * count][self.rank :: self.world_size].flatten()
-        return self.buffer.select(rows)
+        return self.buffer.select(rows) if len(rows) else _blank(self.buffer)
 
     def upcoming(self, count: int) -> list[Experience]:
         """The next minibatches of this collection, at most `count`, without taking them."""
-        return [self.minibatch(p) for p in range(self.position, min(self.position + count, len(self)))]
+        return [self.minibatch(p) for p in range(self.position, min(self.position + count, self.num_batches))]
 
     def _units(self) -> Tensor:
         """Row numbers [U, n] that travel together."""
         assert self.buffer is not None
-        rows = torch.arange(self.num_rows)
+        rows = torch.arange(self.buffer.num_rows)
         if not self.grouped:
             return rows[:, None]
         order = self.buffer["group"].argsort(stable=True)
@@ -156,12 +166,13 @@ class RolloutLoader:
             "collection": self.collection,
             "position": position,
             "minibatch_size": self.config.minibatch_size,
+            "num_rows": self.num_rows,
             "buffer": None,
             "stopped": self.stopped or over,
         }
         if state["stopped"]:
             return state
-        if self.buffer is None or position >= len(self):
+        if self.buffer is None or position >= self.num_batches:
             return state | {"collection": self.collection + (self.buffer is not None), "position": 0}
         return state | {"buffer": {k: v for k, v in self.buffer.items() if isinstance(v, Tensor | list)}}
 
@@ -172,7 +183,7 @@ class RolloutLoader:
             ValueError: in the middle of a collection that was cut into minibatches of another size, or is of another.
         """
         if state["buffer"] is not None:
-            there = len(state["buffer"]["tokens"]), int(state["minibatch_size"])
+            there = int(state.get("num_rows", len(state["buffer"]["tokens"]))), int(state["minibatch_size"])
             if there != (self.num_rows, self.config.minibatch_size):
                 raise ValueError(
                     f"the checkpoint to resume is in the middle of a collection of {there[0]} rows in minibatches of "
@@ -182,3 +193,15 @@ class RolloutLoader:
         self.collection, self.position = int(state["collection"]), int(state["position"])
         self.buffer = Experience(state["buffer"]) if state["buffer"] is not None else None
         self.stopped = bool(state["stopped"])
+
+
+def _blank(experience: Experience) -> Experience:
+    """One row of zeros without weight: what a process serves that got nothing of a minibatch."""
+    width = experience["tokens"].shape[1]
+    blank = Experience()
+    for name, value in experience.items():
+        if isinstance(value, Tensor):
+            shape = (1, 1, *value.shape[2:]) if value.dim() > 1 and value.shape[1] == width else (1, *value.shape[1:])
+            blank[name] = value.new_zeros(shape)
+    blank["mask"] = torch.ones_like(blank["mask"])
+    return blank

@@ -83,8 +83,10 @@ def test_networks_come_back_as_they_were(stages: dict[str, Path]) -> None:
     network, reward = load_network(stages["policy"]), load_network(stages["reward_model"], "reward")
     value = load_network(stages["policy"], "value")
     assert isinstance(network, Network) and isinstance(reward, ScalarNetwork) and isinstance(value, ScalarNetwork)
-    same({f"networks.policy.{k}": v for k, v in network.state_dict().items()},
-         {k: v for k, v in raw(stages["policy"])["state_dict"].items() if k.startswith("networks.policy.")})
+    same(
+        {f"networks.policy.{k}": v for k, v in network.state_dict().items()},
+        {k: v for k, v in raw(stages["policy"])["state_dict"].items() if k.startswith("networks.policy.")},
+    )
     assert reward.scale != 1 and reward.offset != 0, "the calibration is part of it"
     # a language model's trunk with a fresh head; of a reward model all of it
     fresh = load_network(stages["language_model"], "value")
@@ -238,15 +240,29 @@ def refused(folder: Path, match: str, module: Any, data: Any, path: Any = None) 
 
 def test_resuming_refuses_what_differs(stages: dict[str, Path], tmp_path: Path) -> None:
     path = stages["language_model"]
-    refused(tmp_path, "written by a language_model module, this is a reward one.*--model.network",
-            reward_model(), ranking_data(tmp_path), path)
-    refused(tmp_path, "has d_model 16 in its policy, the configuration 32",
-            language_model(network=config(d_model=32)), text_data(tmp_path, tokenizer=load_checkpoint_tokenizer(path)),
-            path)
+    refused(
+        tmp_path,
+        "written by a language_model module, this is a reward one.*--model.network",
+        reward_model(),
+        ranking_data(tmp_path),
+        path,
+    )
+    refused(
+        tmp_path,
+        "has d_model 16 in its policy, the configuration 32",
+        language_model(network=config(d_model=32)),
+        text_data(tmp_path, tokenizer=load_checkpoint_tokenizer(path)),
+        path,
+    )
     tokenizer = BPETokenizer(vocab_size=263)
     refused(tmp_path, "another tokeniser", language_model(), text_data(tmp_path, tokenizer=tokenizer), path)
-    refused(tmp_path, "format 99", language_model(), text_data(tmp_path, tokenizer=load_checkpoint_tokenizer(path)),
-            changed(path, tmp_path / "new.ckpt", format=99))
+    refused(
+        tmp_path,
+        "format 99",
+        language_model(),
+        text_data(tmp_path, tokenizer=load_checkpoint_tokenizer(path)),
+        changed(path, tmp_path / "new.ckpt", format=99),
+    )
     torch.save({k: v for k, v in raw(path).items() if k != "lit_palm"}, tmp_path / "foreign.ckpt")
     refused(tmp_path, "not written by lit_palm", language_model(), text_data(tmp_path), tmp_path / "foreign.ckpt")
 
@@ -259,21 +275,37 @@ def test_a_changed_reference_is_refused(stages: dict[str, Path], tmp_path: Path)
     for value in checkpoint["state_dict"].values():
         value *= 1.01
     torch.save(checkpoint, source)
-    refused(tmp_path, "the frozen reference is not the one this run started with",
-            policy(network=str(source), rewards=rewards), prompt_data(tmp_path, tokenizer=None), stages["policy"])
+    refused(
+        tmp_path,
+        "the frozen reference is not the one this run started with",
+        policy(network=str(source), rewards=rewards),
+        prompt_data(tmp_path, tokenizer=None),
+        stages["policy"],
+    )
 
 
 def test_another_tokeniser_than_the_network_was_trained_with_is_refused(
     stages: dict[str, Path], tmp_path: Path
 ) -> None:
-    refused(tmp_path, "another tokenizer than the one the network was trained with",
-            language_model(network=str(stages["language_model"])),
-            text_data(tmp_path, tokenizer=BPETokenizer(vocab_size=263)))
+    refused(
+        tmp_path,
+        "another tokenizer than the one the network was trained with",
+        language_model(network=str(stages["language_model"])),
+        text_data(tmp_path, tokenizer=BPETokenizer(vocab_size=263)),
+    )
 
 
 def test_a_token_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
-    refused(tmp_path, "vocab_size is 100: a token id would be outside", language_model(network=config(vocab_size=100)),
-            text_data(tmp_path))
+    refused(
+        tmp_path,
+        "vocab_size is 100: a token id would be outside",
+        language_model(network=config(vocab_size=100)),
+        text_data(tmp_path),
+    )
     source = write_jsonl(tmp_path / "ids.jsonl", [{"tokens": [1, 2, 3]}, {"tokens": [5, 999]}])
-    refused(tmp_path, r"ids\.jsonl:2: the token id 999 is outside the vocabulary of 263", language_model(),
-            text_data(tmp_path, train=source, tokenizer=ByteTokenizer()))
+    refused(
+        tmp_path,
+        r"ids\.jsonl:2: the token id 999 is outside the vocabulary of 263",
+        language_model(),
+        text_data(tmp_path, train=source, tokenizer=ByteTokenizer()),
+    )

@@ -37,6 +37,7 @@ from tests.support import (
     recorded,
     reward_model,
     same,
+    selective_policy,
     text_data,
     trainer,
 )
@@ -65,6 +66,8 @@ def job(name: str, folder: Path, accumulate: int) -> tuple[Any, Any]:
         return module, text_data(folder, batch_size=4 // accumulate)
     if name == "reward model":  # three batches an epoch, calibrated at each validation
         return reward_model(calibrate="whiten"), ranking_data(folder, batch_size=4 // accumulate)
+    if name == "selection":  # sixteen rows a collection at most, of which twelve, six, four, ... are kept
+        return selective_policy(rollout={"minibatch_size": 4 // accumulate}), prompt_data(folder)
     # four minibatches a collection in two passes; adaptive KL, running moments; `early stop`: most of them unused
     stop = {"max_update_kl": 2e-3} if name == "early stop" else {}
     return policy(ppo=stop, rollout={"minibatch_size": 4 // accumulate}), prompt_data(folder)
@@ -144,6 +147,8 @@ WITHIN = {"val_check_interval": 2, "check_val_every_n_epoch": None}
         ("policy", 1, {"max_epochs": 3, "limit_train_batches": 2}),  # half of each collection is left unused
         ("early stop", 1, {"max_epochs": 3}),
         ("early stop", 1, {"max_steps": 6, **WITHIN}),
+        ("selection", 1, {"max_epochs": 3}),  # six steps, four, two
+        ("selection", 2, {"max_steps": 11, **WITHIN}),
     ],
 )
 def test_resume_is_exact(name: str, accumulate: int, flags: dict[str, Any], tmp_path: Path) -> None:
@@ -154,7 +159,7 @@ def test_resume_is_exact(name: str, accumulate: int, flags: dict[str, Any], tmp_
 @pytest.mark.parametrize("validation", [{}, WITHIN], ids=["epoch", "within"])
 @pytest.mark.parametrize("length", [{"max_steps": 9}, {"max_epochs": 2}], ids=["steps", "epochs"])
 @pytest.mark.parametrize("accumulate", [1, 4])
-@pytest.mark.parametrize("name", ["language model", "reward model", "policy", "early stop"])
+@pytest.mark.parametrize("name", ["language model", "reward model", "policy", "early stop", "selection"])
 def test_resume_is_exact_whole(
     name: str, accumulate: int, length: dict[str, Any], validation: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -234,9 +239,7 @@ def test_the_step_that_loggers_see_goes_on(tmp_path: Path) -> None:
     assert steps[1:] == [4, 5, 6, 7, 8]
 
 
-def test_a_saving_that_breaks_off_leaves_the_checkpoint_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_saving_that_breaks_off_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning writes to the system's temporary folder and moves the file, which between disks is a copy."""
     runs = Runs("language model", tmp_path, 1, max_steps=6)
     path = tmp_path / "place" / "last.ckpt"
@@ -305,5 +308,3 @@ def test_resuming_with_other_sizes_says_what_will_not_fit(tmp_path: Path) -> Non
     module, data = job("policy", tmp_path, 2)
     with pytest.raises(ValueError, match="in the middle of a collection of 8 rows in minibatches of 4"):
         trainer(tmp_path, max_epochs=2).fit(module, datamodule=data, ckpt_path=tmp_path / "killed" / "last.ckpt")
-
-

@@ -69,7 +69,8 @@ class Unfaithful(LitPolicy):
 def start(folder: Path, precision: Any = "32-true", kind: Any = None, **options: Any) -> tuple[LitPolicy, float]:
     """Run one step; the module, and the largest log-ratio of the first minibatch in training_step itself."""
     fields: dict[str, Any] = {
-        "network": PaLMConfig(**SHAPE), "rollout": {"num_prompts": 16, "minibatch_size": 16},
+        "network": PaLMConfig(**SHAPE),
+        "rollout": {"num_prompts": 16, "minibatch_size": 16},
         "sampling": Sampling(max_new_tokens=24, temperature=0.8),
     }
     module = policy(**{**fields, **options})

@@ -46,9 +46,7 @@ def weights_after(data: Path, batch_size: int, accumulate: int) -> Tensor:
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])
-def test_accumulation_equals_one_large_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
-) -> None:
+def test_accumulation_equals_one_large_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int) -> None:
     monkeypatch.setenv("LIT_PALM_CACHE", str(tmp_path / "cache"))
     data = tmp_path / "rows.jsonl"
     # 22 rows of very unequal length: the last window of the epoch is a short one

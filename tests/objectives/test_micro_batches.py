@@ -167,5 +167,5 @@ def test_what_an_objective_needs_of_the_host() -> None:
     needs: dict[str, Any] = {name: make().needs for name, make in OBJECTIVES.items()}
     assert needs["language modelling"] == {"log_z"}
     assert needs["ranking"] == needs["regression"] == frozenset()
-    assert needs["ppo"] == {"rollouts", "reference", "value", "reward", "entropy"}
+    assert needs["ppo"] == {"rollouts", "old_logps", "reference", "value", "reward", "entropy"}
     assert {name for name, make in OBJECTIVES.items() if make().grouped} == {"ranking"}

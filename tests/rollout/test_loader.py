@@ -342,7 +342,14 @@ def test_stopping_ends_the_iterator_under_way() -> None:
 
 def test_a_loader_that_has_not_begun_is_restored_to_the_beginning() -> None:
     state = saved(loader())
-    assert state == {"collection": 0, "position": 0, "minibatch_size": 4, "buffer": None, "stopped": False}
+    assert state == {
+        "collection": 0,
+        "position": 0,
+        "minibatch_size": 4,
+        "num_rows": 12,
+        "buffer": None,
+        "stopped": False,
+    }
     assert continued(state, 2)[0] == run(loader(), 2)
 
 
@@ -414,7 +421,55 @@ def test_a_grouped_objective_keeps_equally_many_of_each_prompt() -> None:
         next(iter(RolloutLoader(uneven, config, num_rows=8, grouped=True)))
 
 
-def test_a_prepare_that_keeps_other_rows_than_it_said_is_named() -> None:
-    source = loader(collect=Collections(8))
-    with pytest.raises(ValueError, match=r"8 rows after .*prepare.*num_kept.*12"):
+def test_a_prepare_that_keeps_more_rows_than_it_said_is_named() -> None:
+    source = loader(collect=Collections(16))
+    with pytest.raises(ValueError, match=r"16 rows after .*prepare.*num_kept.*at most 12"):
         next(iter(source))
+
+
+# ------------------------------------------------------------------------------------------ smaller collections
+
+
+@pytest.mark.parametrize("kept, batches", [(12, 6), (9, 6), (8, 4), (1, 2)])
+def test_a_smaller_collection_makes_a_shorter_epoch_and_loses_no_row(kept: int, batches: int) -> None:
+    source = loader(collect=Collections(kept))
+    assert len(source) == source.num_batches == 6  # the most there can be
+    served = [batch["row"].tolist() for batch in epoch(source)]
+    assert source.num_batches == 6, "of the next collection, which is not made yet"
+    assert len(served) == batches and max(map(len, served)) <= 4
+    for number in range(2):
+        one_pass = served[number * batches // 2 : (number + 1) * batches // 2]
+        assert sorted(row for rows in one_pass for row in rows) == list(range(kept))
+
+
+def test_of_a_small_minibatch_a_rank_may_get_a_row_without_weight() -> None:
+    ranks = [loader(collect=Collections(5), rank=rank, world_size=2, passes=1) for rank in range(2)]
+    served = [list(epoch(source)) for source in ranks]
+    assert [len(batches) for batches in served] == [2, 2]
+    rows = [[b["row"].tolist() for b in batches if b["of"].any() or b["mask"].sum() > 1] for batches in served]
+    assert sum(len(r) for part in rows for r in part) in (4, 5)
+    blank = served[1][1]
+    assert blank.num_rows == 1 and blank["tokens"].shape == blank["mask"].shape == (1, 1)
+
+
+def test_a_collection_of_nothing_is_one_minibatch_without_weight() -> None:
+    def nothing(collection: int) -> Experience:
+        whole = Collections(4)(collection)
+        whole["loss_mask"] = whole["mask"]
+        return whole.select([])
+
+    source = loader(collect=nothing, passes=1)
+    (batch,) = list(epoch(source))
+    assert batch.num_rows == 1 and not batch["loss_mask"].any() and batch["mask"].all()
+    assert source.collection == 1
+
+
+def test_in_the_middle_of_a_smaller_collection_a_run_goes_on() -> None:
+    whole = loader(collect=Collections(7))
+    expected = run(whole, 2)
+    source = loader(collect=Collections(7))
+    batches = iter(source)
+    served = [name(next(batches)) for _ in range(3)]
+    other = loader(collect=Collections(7))
+    other.restore(saved(source))
+    assert served + [name(b) for b in epoch(other, resumed=True)] + run(other, 1) == expected
