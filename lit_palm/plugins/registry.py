@@ -27,8 +27,8 @@ BUILTINS = {
         "PPO": "lit_palm.objectives.ppo:PPO",
     },
     "lit_palm.rewards": {
-        "RewardModel": "lit_palm.rollout.rewards:RewardModel",
-        "PythonReward": "lit_palm.rollout.rewards:PythonReward",
+        "RewardModel": "lit_palm.rollout.rewards.model:RewardModel",
+        "PythonReward": "lit_palm.rollout.rewards.function:PythonReward",
     },
     "lit_palm.networks": {"PaLMConfig": "lit_palm.models.palm:PaLMConfig"},
     "lit_palm.engines": {"CachedEngine": "lit_palm.rollout.engine:CachedEngine"},

@@ -1,0 +1,40 @@
+"""Rewards: what a completion is worth. Rules, reward models, Python functions, or a weighted sum of several.
+
+A reward gets the whole batch, as text and as token ids, together with every other column of the prompt data (such as
+`answer`), and returns one number for each completion:
+
+    def exact(completions: list[str], answer: list[str], **columns) -> list[float]:
+        return [float(text.strip() == right) for text, right in zip(completions, answer)]
+
+    rewards = [PythonReward("my_rewards.exact"), RewardModel("reward.ckpt", weight=0.5), LengthPenalty(max_length=200)]
+    scores_B, values = total_reward(rewards, batch)
+
+| reward              | what it says                                                                    |
+|---------------------|---------------------------------------------------------------------------------|
+| `RewardModel`       | what a learned reward model says                                                |
+| `PythonReward`      | what your own function says                                                     |
+| `RegexReward`       | whether, or how often, a pattern is found                                       |
+| `ExactMatch`        | whether the completion is the answer in a column of the data                    |
+| `NumericMatch`      | whether its number is                                                           |
+| `LengthPenalty`     | how far it is too short or too long, below zero                                 |
+| `RepetitionPenalty` | how much of it repeats itself, below zero                                       |
+| `Ensemble`          | the mean, the minimum or a lower bound of several                               |
+
+Rewards know no devices and no checkpoints: the host passes `build` a loader, keeps the network where it computes and
+sets `reward.network`. Entry-point group `lit_palm.rewards`.
+"""
+
+from lit_palm.rollout.rewards.base import NetworkLoader, Reward, RewardBatch, every_reward
+from lit_palm.rollout.rewards.function import PythonReward
+from lit_palm.rollout.rewards.model import RewardModel
+from lit_palm.rollout.rewards.total import total_reward
+
+__all__ = [
+    "NetworkLoader",
+    "PythonReward",
+    "Reward",
+    "RewardBatch",
+    "RewardModel",
+    "every_reward",
+    "total_reward",
+]
