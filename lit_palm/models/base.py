@@ -72,6 +72,9 @@ class Network(nn.Module, ABC):
 
     config: NetworkConfig
 
+    takes_prefixes: ClassVar[bool] = False
+    """Whether `forward` takes `prefixes`, so that a prompt with several completions can be encoded once."""
+
     @abstractmethod
     def forward(
         self,
@@ -90,7 +93,9 @@ class Network(nn.Module, ABC):
             mask: [B, T] bool, True where a token is real; None: all are. Right padding needs no mask: a causal
                 network cannot see it.
             positions: [B, T] long; None: cumsum(mask) - 1, or counted from the cache's length.
-            documents: [B, T] long, a token attends only within its document; None: one document a row.
+            documents: [B, T] long, a token attends only within its document; None: one document a row. A network that
+                `takes_prefixes` also takes `prefixes`: [B, T] long, a document that a token sees beside its own (the
+                prompt of several completions), -1 for none.
             cache: keys and values so far; the new ones are appended in place.
             head: called as head(hidden_BTD, weight_VD, logit_scale); its result is returned.
 

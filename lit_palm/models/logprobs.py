@@ -29,6 +29,8 @@ class TokenLogProbs:
         entropy: also give the entropy of each token's distribution.
         log_z: also give the log of its softmax normaliser.
         max_elements: largest number of logits alive at once; a smaller batch is projected in one piece.
+        source: [B, T] long, where in the hidden states, flattened over rows and tokens, each token is predicted from;
+            None: one token earlier, of a network that ran on `targets`.
 
     Calling it gives a dict of [B, T] tensors in float32 (float64 for a float64 network), in nats: "logps", and
     "entropy" and "log_z" when asked for; zero where nothing was selected. Gradients flow to all three:
@@ -43,11 +45,13 @@ class TokenLogProbs:
         entropy: bool = False,
         log_z: bool = False,
         max_elements: int = 2**24,
+        source: Tensor | None = None,
     ) -> None:
         assert temperature > 0, "log-probabilities need a temperature above 0"
         assert select is None or select.shape == targets.shape
         self.targets = targets
         self.select = select
+        self.source = source
         self.temperature = temperature
         self.entropy = entropy
         self.log_z = log_z
@@ -56,13 +60,14 @@ class TokenLogProbs:
     def __call__(self, hidden: Tensor, weight: Tensor, logit_scale: float) -> dict[str, Tensor]:
         """Run the head; see `lit_palm.models.base.Head`."""
         rows, width = self.targets.shape
-        assert hidden.shape[:2] == self.targets.shape, "targets are the tokens the network ran on"
-        flat = hidden.reshape(rows * width, -1)
+        assert self.source is not None or hidden.shape[:2] == self.targets.shape, "targets: what the network ran on"
+        flat = hidden.flatten(0, 1)
         if self.select is None:
             place = torch.arange(rows * width, device=hidden.device).view(rows, width)[:, 1:].reshape(-1)
         else:
             place = F.pad(self.select[:, 1:], (1, 0)).reshape(-1).nonzero().squeeze(-1)
-        picked = flat.index_select(0, place - 1) * (logit_scale / self.temperature)
+        before = place - 1 if self.source is None else self.source.reshape(-1)[place]
+        picked = flat.index_select(0, before) * (logit_scale / self.temperature)
         device_type = hidden.device.type
         if torch.is_autocast_enabled(device_type):
             # cast here, where autograd casts back: backward runs outside autocast

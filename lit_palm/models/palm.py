@@ -278,6 +278,7 @@ class PaLM(Network):
     """
 
     config: PaLMConfig
+    takes_prefixes = True
 
     def __init__(self, config: PaLMConfig) -> None:
         super().__init__()
@@ -320,6 +321,7 @@ class PaLM(Network):
         mask: Tensor | None = None,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
+        prefixes: Tensor | None = None,
         cache: Cache | None = None,
         head: Head | None = None,
     ) -> Any:
@@ -331,7 +333,8 @@ class PaLM(Network):
         assert cache is None or isinstance(cache, PaLMCache), "a PaLM decodes with the cache of its own new_cache"
         assert cache is None or documents is None, "packed documents are for training, the cache is for decoding"
         past = cache.length if cache is not None else 0
-        if past + tokens.shape[1] > self.config.max_length:
+        # a row that shares a prompt holds several sequences; their positions are what must fit
+        if prefixes is None and past + tokens.shape[1] > self.config.max_length:
             raise ValueError(
                 f"{past + tokens.shape[1]} tokens are more than max_length ({self.config.max_length}): shorten the "
                 "rows, or build the network with a larger max_length"
@@ -340,7 +343,7 @@ class PaLM(Network):
         if cache is not None and mask is not None:
             cache.pad(mask, x.dtype)
         rope = self.rope(tokens, mask, positions, cache)
-        bias = self.attention_bias(x, mask, documents, cache)
+        bias = self.attention_bias(x, mask, documents, prefixes, cache)
         for block in self.layers:
             if self.config.activation_checkpointing and self.training and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, bias, cache, use_reentrant=False)
@@ -405,7 +408,12 @@ class PaLM(Network):
         return self._tables
 
     def attention_bias(
-        self, x: Tensor, mask: Tensor | None, documents: Tensor | None, cache: PaLMCache | None
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        documents: Tensor | None,
+        prefixes: Tensor | None,
+        cache: PaLMCache | None,
     ) -> Tensor | None:
         """What is added to the attention scores, [B, 1, T, S] of 0 and -inf; None for plain causal attention."""
         width, past = x.shape[1], cache.length if cache is not None else 0
@@ -419,7 +427,8 @@ class PaLM(Network):
         elif mask is not None:
             seen = seen & mask[:, None, :]
         if documents is not None:
-            seen = seen & (documents[:, :, None] == documents[:, None, :])
+            own = documents[:, :, None] == documents[:, None, :]
+            seen = seen & (own if prefixes is None else own | (prefixes[:, :, None] == documents[:, None, :]))
         # padding sees itself: a softmax over nothing would be NaN
         torch.diagonal(seen, past, -2, -1).fill_(True)
         return torch.zeros(seen.shape, dtype=x.dtype, device=x.device).masked_fill(~seen, -math.inf)[:, None]

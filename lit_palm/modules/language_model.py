@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lit_palm.models.base import Network, NetworkConfig
 from lit_palm.models.logprobs import TokenLogProbs
+from lit_palm.models.shared_prompts import share_prompts
 from lit_palm.modules.host import LitModule, default_optimizer
 from lit_palm.modules.sharding import gathered
 from lit_palm.objectives.base import Kind, Objective
@@ -25,11 +26,27 @@ __all__ = ["LitLanguageModel", "language_model_output"]
 def language_model_output(
     network: nn.Module, batch: Experience, *, temperature: float = 1.0, entropy: bool = False, log_z: bool = False
 ) -> dict[str, Tensor]:
-    """Log-probabilities (and more) of the tokens in `loss_mask`, chunked over the vocabulary; [B, T] each."""
-    head = TokenLogProbs(batch["tokens"], batch["loss_mask"], temperature=temperature, entropy=entropy, log_z=log_z)
-    result: dict[str, Tensor] = network(
-        batch["tokens"], positions=batch.get("positions"), documents=batch.get("documents"), head=head
-    )
+    """Log-probabilities (and more) of the tokens in `loss_mask`, chunked over the vocabulary; [B, T] each.
+
+    A prompt that several rows share is encoded once where that saves work.
+    """
+    tokens, targets = batch["tokens"], batch["loss_mask"]
+    options: dict[str, Any] = {"temperature": temperature, "entropy": entropy, "log_z": log_z}
+    packed = None
+    if "group" in batch and "documents" not in batch and getattr(network, "takes_prefixes", False):
+        packed = share_prompts(tokens, batch["mask"], targets, batch["group"])
+    result: dict[str, Tensor]
+    if packed is None:
+        head = TokenLogProbs(tokens, targets, **options)
+        result = network(tokens, positions=batch.get("positions"), documents=batch.get("documents"), head=head)
+    else:
+        result = network(
+            packed.tokens,
+            positions=packed.positions,
+            documents=packed.documents,
+            prefixes=packed.prefixes,
+            head=TokenLogProbs(tokens, targets, source=packed.source, **options),
+        )
     return result
 
 

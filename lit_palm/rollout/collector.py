@@ -113,7 +113,7 @@ def annotate(
         batch_size: rows at a time.
         device: where `compute` runs.
     """
-    order = experience["mask"].sum(1).argsort(descending=True, stable=True)
+    order = _by_length(experience)
     for part in order.split(batch_size):
         rows = experience.select(part)
         moved = Experience({k: v.to(device) for k, v in rows.items() if isinstance(v, Tensor)})
@@ -121,6 +121,15 @@ def annotate(
             if name not in experience:
                 experience[name] = torch.zeros(experience["tokens"].shape, dtype=torch.float32)
             experience[name][part, : values.shape[1]] = values.float().cpu()
+
+
+def _by_length(experience: Experience) -> Tensor:
+    """Rows from the longest to the shortest, those of a group side by side (they may share their prompt)."""
+    length, group = experience["mask"].sum(1), experience["group"]
+    _, which = group.unique(return_inverse=True)
+    longest = torch.zeros(int(which.max()) + 1, dtype=length.dtype).scatter_reduce(0, which, length, "amax")[which]
+    by_group = which.argsort(stable=True)
+    return by_group[longest[by_group].argsort(descending=True, stable=True)]
 
 
 def take(experience: Experience, rows: Tensor) -> Experience:
