@@ -4,6 +4,7 @@
     lit-palm generate --checkpoint runs/demo/ppo/last.ckpt --prompt "The film"
     lit-palm export runs/demo/ppo/last.ckpt folder
     lit-palm plugins [--json | show NAME]
+    lit-palm new-objective NAME [--kind offline|online]
 
 Values come, later over earlier, from defaults, environment variables (LIT_PALM_FIT__TRAINER__MAX_EPOCHS=3), YAML files
 in the order given, and flags. A checkpoint never overrides any of them: it brings weights and state.
@@ -29,6 +30,7 @@ EXTRA_VERBS = {
     "generate": "Complete prompts with a checkpoint, streaming to the terminal.",
     "export": "Write a checkpoint's networks as safetensors with their configuration and tokeniser.",
     "plugins": "List objectives, rewards, networks and engines, and where they come from.",
+    "new-objective": "Write a package with an objective of your own, which trains and passes its tests as it stands.",
 }
 
 
@@ -167,11 +169,15 @@ def run(argv: Sequence[str]) -> int:
     if argv and argv[0] in EXTRA_VERBS:
         if verb == "plugins":
             return plugins.main(argv[1:])
+        if verb == "new-objective":
+            from lit_palm import scaffold
+
+            return scaffold.main(argv[1:])
         from lit_palm import generate
 
         return generate.main(argv[1:]) if verb == "generate" else generate.export_main(argv[1:])
     if not argv or argv[0] in ("-h", "--help"):
-        print("lit-palm also has:\n" + "\n".join(f"  {v:10} {text}" for v, text in EXTRA_VERBS.items()) + "\n")
+        print("lit-palm also has:\n" + "\n".join(f"  {v:14} {text}" for v, text in EXTRA_VERBS.items()) + "\n")
     plugins.load_named(argv)
     build_cli()()
     return 0

@@ -2,7 +2,7 @@
 
 lit-palm plugins              a table
 lit-palm plugins --json       the same for programs
-lit-palm plugins show PPO     its docstring and its typed arguments
+lit-palm plugins show PPO     what it does and its typed, documented arguments
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ import argparse
 import difflib
 import inspect
 import json
-from collections.abc import Sequence
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from lit_palm.plugins.loading import load, plugin_table
 from lit_palm.plugins.registry import Plugin, PluginError
@@ -85,15 +88,59 @@ def describe(name: str) -> str:
 
 def _describe_class(group: str, cls: type, table: Sequence[Plugin]) -> str:
     plugin = next(plugin for plugin in table if plugin.group == group and plugin.name == cls.__name__)
-    arguments = [f"  {_argument(parameter)}" for parameter in inspect.signature(cls).parameters.values()]
     title = f"{plugin.name}: {plugin.kind} from {plugin.source} ({plugin.value})"
-    doc = inspect.getdoc(cls) or "(no docstring)"
-    return "\n".join([title, "", doc, "", "Arguments:", *(arguments or ["  (none)"])])
+    # its arguments follow with types and defaults
+    doc = re.sub(r"^Args:\n(?:[ ]+.*\n?|\n(?=[ ]))*", "", inspect.getdoc(cls) or "(no docstring)", flags=re.MULTILINE)
+    arguments = [line for parameter, text in _arguments(cls) for line in (_signature(parameter), *_wrap(text))]
+    return "\n".join([title, "", doc.strip(), "", "Arguments:", *(arguments or ["  (none)"])])
 
 
-def _argument(parameter: inspect.Parameter) -> str:
+def _arguments(cls: type) -> list[tuple[inspect.Parameter, str]]:
+    """The arguments of a class in the order of its signature, each with its documentation.
+
+    What `**kwargs` passes on belongs to the next class that has a constructor.
+    """
+    import docstring_parser  # jsonargparse's, so that both say the same
+
+    found: dict[str, tuple[inspect.Parameter, str]] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base) or base is object:
+            continue
+        documented = {
+            parameter.arg_name.lstrip("*"): parameter.description or ""
+            for where in (vars(base)["__init__"], base)
+            for parameter in docstring_parser.parse_from_object(where).params
+        }
+        parameters = [*_resolved(vars(base)["__init__"]).parameters.values()][1:]
+        for parameter in parameters:
+            if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                found.setdefault(parameter.name, (parameter, documented.get(parameter.name, "")))
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return list(found.values())
+
+
+def _resolved(function: Callable[..., Any]) -> inspect.Signature:
+    """A signature with the meaning of its annotations; as they are written where that cannot be found out."""
+    try:
+        return inspect.signature(function, eval_str=True)
+    except Exception:  # a name that is imported for type checkers only, in somebody else's module
+        return inspect.signature(function)
+
+
+def _wrap(text: str) -> list[str]:
+    indent = " " * 6
+    return textwrap.wrap(" ".join(text.split()), 100, initial_indent=indent, subsequent_indent=indent)
+
+
+def _signature(parameter: inspect.Parameter) -> str:
     kind, default = parameter.annotation, parameter.default
-    text = parameter.name
+    text = f"  {parameter.name}"
     if kind is not inspect.Parameter.empty:
         text += f": {kind if isinstance(kind, str) else inspect.formatannotation(kind)}"
-    return text if default is inspect.Parameter.empty else f"{text} = {default!r}"
+    return text if default is inspect.Parameter.empty else f"{text} = {_value(default)}"
+
+
+def _value(default: object) -> str:
+    """A default as YAML users and programmers both read it; a function by its name, which has no address in it."""
+    return getattr(default, "__qualname__", None) or repr(default)
