@@ -29,6 +29,12 @@ BUILTINS = {
     "lit_palm.rewards": {
         "RewardModel": "lit_palm.rollout.rewards.model:RewardModel",
         "PythonReward": "lit_palm.rollout.rewards.function:PythonReward",
+        "RegexReward": "lit_palm.rollout.rewards.regex:RegexReward",
+        "ExactMatch": "lit_palm.rollout.rewards.answers:ExactMatch",
+        "NumericMatch": "lit_palm.rollout.rewards.numeric:NumericMatch",
+        "LengthPenalty": "lit_palm.rollout.rewards.penalties:LengthPenalty",
+        "RepetitionPenalty": "lit_palm.rollout.rewards.penalties:RepetitionPenalty",
+        "Ensemble": "lit_palm.rollout.rewards.ensemble:Ensemble",
     },
     "lit_palm.networks": {"PaLMConfig": "lit_palm.models.palm:PaLMConfig"},
     "lit_palm.engines": {"CachedEngine": "lit_palm.rollout.engine:CachedEngine"},

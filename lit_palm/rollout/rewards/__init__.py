@@ -24,14 +24,25 @@ Rewards know no devices and no checkpoints: the host passes `build` a loader, ke
 sets `reward.network`. Entry-point group `lit_palm.rewards`.
 """
 
+from lit_palm.rollout.rewards.answers import ExactMatch
 from lit_palm.rollout.rewards.base import NetworkLoader, Reward, RewardBatch, every_reward
+from lit_palm.rollout.rewards.ensemble import Ensemble
 from lit_palm.rollout.rewards.function import PythonReward
 from lit_palm.rollout.rewards.model import RewardModel
+from lit_palm.rollout.rewards.numeric import NumericMatch
+from lit_palm.rollout.rewards.penalties import LengthPenalty, RepetitionPenalty
+from lit_palm.rollout.rewards.regex import RegexReward
 from lit_palm.rollout.rewards.total import total_reward
 
 __all__ = [
+    "Ensemble",
+    "ExactMatch",
+    "LengthPenalty",
     "NetworkLoader",
+    "NumericMatch",
     "PythonReward",
+    "RegexReward",
+    "RepetitionPenalty",
     "Reward",
     "RewardBatch",
     "RewardModel",
