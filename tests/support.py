@@ -21,6 +21,7 @@ from lit_palm.models.palm import PaLMConfig
 from lit_palm.modules import LitLanguageModel, LitPolicy, LitRewardModel
 from lit_palm.objectives import PPO, Objective
 from lit_palm.objectives.base import Need
+from lit_palm.objectives.functional import logistic_loss, pairs_of_rankings
 from lit_palm.rollout.collector import RolloutConfig
 from lit_palm.rollout.rewards import PythonReward, RewardModel
 from lit_palm.rollout.sampling import Sampling
@@ -170,6 +171,40 @@ class Selective(Objective):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rounds = state["rounds"]
+
+
+class Preference(Objective):
+    """The simplest loss on pairs against a reference, with a term of its own weight beside it."""
+
+    API_VERSION = 1
+    grouped = True
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"reference"})
+
+    def weight(self, experience: Experience) -> dict[str, Tensor]:
+        better, _, _ = pairs_of_rankings(experience)
+        return {"pairs": torch.tensor(len(better)), "tokens": experience["loss_mask"].sum()}
+
+    def loss(self, output: Output, experience: Experience) -> Loss:
+        assert output.logps is not None and output.ref_logps is not None
+        better, worse, _ = pairs_of_rankings(experience)
+        gain = (output.logps - output.ref_logps).sum(1)
+        total = logistic_loss(gain[better] - gain[worse]).sum()
+        count = torch.tensor(len(better))
+        return Loss(
+            {"pairs": total, "tokens": -0.1 * output.logps.sum()},
+            {
+                "gain": (gain.detach().sum(), torch.tensor(len(gain))),
+                "accuracy": ((gain[better] > gain[worse]).sum(), count),
+            },
+        )
+
+
+def preference_policy(**options: Any) -> LitPolicy:
+    torch.manual_seed(0)
+    return LitPolicy(**{"network": config(), "objective": Preference(), "optimizer": adamw, **options})
 
 
 def selective_policy(

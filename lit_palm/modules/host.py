@@ -84,6 +84,8 @@ class LitModule(LightningModule):
         self.samples: list[dict[str, Any]] = []
         self.num_tokens_seen: int | Tensor = 0
         self.means = Means()
+        self.loss_terms: tuple[str, ...] = ()
+        """Validation metrics that add up to the loss, of an objective with several terms."""
         self._seed: int | None = None
         self.step_weight = StepWeight()
         self._frozen: frozenset[str] = frozenset()
@@ -323,6 +325,9 @@ class LitModule(LightningModule):
     def log_means(self) -> dict[str, float]:
         """Log, and return, the means of what was added."""
         means = self.means.pop(lambda sums: self.all_sum(sums.to(self.device)))
+        for prefix in ("val/", "test/"):  # of an objective with several terms, the whole
+            if self.loss_terms and f"{prefix}{self.loss_terms[0]}" in means:
+                means[f"{prefix}loss"] = sum(means[f"{prefix}{name}"] for name in self.loss_terms)
         for name, value in means.items():
             shown = name in self.progress_metrics or name[4:] in self.progress_metrics
             self.log(name, value, prog_bar=shown, sync_dist=True)  # the same on every rank; Lightning would warn

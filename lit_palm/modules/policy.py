@@ -14,16 +14,18 @@ from torch import Tensor, nn
 
 from lit_palm.models.base import Network, NetworkConfig, ScalarNetwork
 from lit_palm.modules.checkpoint import Role, fingerprint, load_network
+from lit_palm.modules.evaluation import evaluate_prompts, means_of_rows
 from lit_palm.modules.host import LitModule, default_optimizer
 from lit_palm.modules.language_model import language_model_output
-from lit_palm.modules.rollouts import VALIDATION, Rollouts, sample
+from lit_palm.modules.reference import PrecomputedReference, ReferenceUpdate
+from lit_palm.modules.rollouts import Rollouts
 from lit_palm.modules.sharding import gathered
 from lit_palm.objectives.base import Kind, Objective
 from lit_palm.objectives.ppo import PPO
-from lit_palm.rollout.collector import RolloutConfig, annotate
+from lit_palm.rollout.collector import RolloutConfig
 from lit_palm.rollout.engine import CachedEngine, Engine
 from lit_palm.rollout.loader import RolloutLoader
-from lit_palm.rollout.rewards import Reward, RewardModel
+from lit_palm.rollout.rewards import Reward, RewardModel, every_reward
 from lit_palm.rollout.sampling import Sampling
 from lit_palm.types import Experience, Output
 
@@ -43,6 +45,9 @@ class LitPolicy(LitModule):
         objective: default PPO.
         rewards: what completions are worth, a weighted sum; each is logged under its name.
         reference: checkpoint of the frozen reference; None: the policy as it starts.
+        precompute_reference: compute the reference's log-probabilities of all data once, before training, and take the
+            network off the device; for given data, not for rollouts.
+        reference_update: let the reference follow the policy (an EMA, or TR-DPO's updates); None: it stays frozen.
         value: checkpoint whose weights the value network starts from; None: the first reward model's, else the
             policy's with a fresh head.
         rollout: sizes of a collection and of its minibatches.
@@ -73,6 +78,8 @@ class LitPolicy(LitModule):
         value_lr: float | None = None,
         clip_per_network: bool = False,
         overrides: dict[str, Any] | None = None,
+        precompute_reference: bool = False,
+        reference_update: ReferenceUpdate | None = None,
     ) -> None:
         super().__init__(network, objective or PPO(), optimizer, scheduler, clip_per_network, overrides)
         self.rewards: list[Reward] = list(rewards or [])
@@ -84,7 +91,17 @@ class LitPolicy(LitModule):
                 f"{type(self.objective).__name__} needs a reward: add one under model.rewards, for example "
                 "{class_path: RewardModel, init_args: {checkpoint: ...}} or a PythonReward"
             )
+        if precompute_reference and reference_update is not None:
+            raise ValueError("model.precompute_reference and model.reference_update exclude each other: choose one")
+        if precompute_reference and "rollouts" in self.objective.needs:
+            raise ValueError(
+                f"model.precompute_reference: {type(self.objective).__name__} samples its completions, so there is "
+                "nothing to compute in advance: leave it out"
+            )
         self.reference, self.value, self.value_lr = reference, value, value_lr
+        self.reference_update = reference_update
+        self.precomputed = PrecomputedReference() if precompute_reference else None
+        self._reference_step = 0
         self.rollout = rollout or RolloutConfig()
         self.sampling = sampling or Sampling()
         if "rollouts" in self.objective.needs and self.sampling.temperature <= 0:
@@ -127,7 +144,7 @@ class LitPolicy(LitModule):
         return networks
 
     def _build_value(self, policy: Network) -> nn.Module:
-        models = [r for r in self.rewards if isinstance(r, RewardModel)]
+        models = [r for r in every_reward(self.rewards) if isinstance(r, RewardModel)]
         source = self.value or (models[0].checkpoint if models else None)
         if source is None:
             return ScalarNetwork(copy.deepcopy(policy))
@@ -136,35 +153,53 @@ class LitPolicy(LitModule):
         return network
 
     def _check_vocabulary(self, network: nn.Module, what: str) -> None:
-        trunk = network.trunk if isinstance(network, ScalarNetwork) else network
-        assert isinstance(trunk, Network) and self.tokenizer is not None
-        if (trunk.config.vocab_size or 0) < self.tokenizer.vocab_size:
-            raise ValueError(
-                f"{what} knows {trunk.config.vocab_size} token ids, the tokeniser has {self.tokenizer.vocab_size}: "
-                "both must come from the same tokeniser"
-            )
+        assert self.tokenizer is not None
+        # a reward may bring several networks (an ensemble's members), or one of its own kind that only it can judge
+        for trunk in (module for module in network.modules() if isinstance(module, Network)):
+            if (trunk.config.vocab_size or 0) < self.tokenizer.vocab_size:
+                raise ValueError(
+                    f"{what} knows {trunk.config.vocab_size} token ids, the tokeniser has {self.tokenizer.vocab_size}: "
+                    "both must come from the same tokeniser"
+                )
 
     def group_options(self, role: str) -> dict[str, Any]:
         return {"lr": self.value_lr} if role == "value" and self.value_lr is not None else {}
 
-    def _place_frozen(self) -> None:
+    def _place_frozen(self, stage: str = "predict") -> None:
+        known = self.precomputed is not None and "reference" in self.objective.needs and stage != "predict"
         for name, network in self.frozen.items():
             network.to(self.device)
             for reward in self.rewards:
                 if name == f"reward/{reward.name}":
                     reward.network = network
+        if known and self.precomputed is not None:
+            data: Any = getattr(self.trainer, "datamodule", None)
+            stages = ("train", "validation") if stage == "fit" else (stage,)
+            for part in stages:
+                if data is None or data.sources[part][0] is not None:
+                    self.precomputed.fill(self, part)
+            self.frozen["reference"].cpu()
 
     def on_fit_start(self) -> None:
-        self._place_frozen()
+        self._place_frozen("fit")
 
     def on_validation_start(self) -> None:
-        self._place_frozen()
+        if self.trainer.state.fn == "validate":  # within fit they are in their place already
+            self._place_frozen("validation")
 
     def on_test_start(self) -> None:
-        self._place_frozen()
+        self._place_frozen("test")
 
     def on_predict_start(self) -> None:
         self._place_frozen()
+
+    def _follow(self) -> None:
+        """Let the reference follow, before the next batch: a checkpoint after the step holds what comes before it."""
+        step, update = self.trainer.global_step, self.reference_update
+        if update is not None and update.due(self._reference_step, step):
+            with gathered(self.networks):
+                update.apply(self.frozen["reference"], self.networks["policy"])
+        self._reference_step = step
 
     # ------------------------------------------------------------------ rollouts
 
@@ -217,6 +252,7 @@ class LitPolicy(LitModule):
 
     def on_train_batch_start(self, batch: Experience, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
+        self._follow()
         # the loader cannot log: what a collection found out is logged with its first minibatch
         if self.rollouts is not None:
             self.rollouts.fit_epoch()
@@ -241,9 +277,15 @@ class LitPolicy(LitModule):
         if "value" in needs:
             output.values = self.state_values(batch)
         if "reference" in needs and "rollouts" not in needs:
-            with torch.no_grad():
-                output.ref_logps = language_model_output(self.frozen["reference"], batch)["logps"]
+            output.ref_logps = self._reference_of_data(batch)
         return output
+
+    @torch.no_grad()
+    def _reference_of_data(self, batch: Experience) -> Tensor:
+        if self.precomputed is None:
+            return language_model_output(self.frozen["reference"], batch)["logps"]
+        stage = "train" if self.trainer.training else "test" if self.trainer.testing else "validation"
+        return self.precomputed.logps(stage, batch)
 
     def stop_update(self) -> None:
         if self.rollouts is not None:
@@ -257,44 +299,9 @@ class LitPolicy(LitModule):
 
     # ------------------------------------------------------------------ validation and prediction
 
-    @torch.no_grad()
     def evaluate_prompts(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """Continue a batch of prompts with seeds of their own; rows of text, length, divergence and rewards."""
-        with gathered(self.networks):
-            return self._evaluate_prompts(batch)
-
-    def _evaluate_prompts(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
-        real = [i for i, row in enumerate(batch["row"].tolist()) if row >= 0]  # -1 fills a batch up
-        prompts = [
-            {
-                "prompt_ids": batch["prompt_ids"][i],
-                "prompt": batch["prompts"][i],
-                "columns": {k: v[i] for k, v in batch["columns"].items()},
-            }
-            for i in real
-        ]
-        if not prompts:
-            return []
-
-        def compute(rows: Experience) -> dict[str, Tensor]:
-            return {"difference": self.policy_logps(rows) - self.reference_logps(rows)}
-
-        experience, scored, _ = sample(self, prompts, batch["row"][real], VALIDATION)
-        annotate(experience, compute, self.rollout.batch_size, self.device)
-        kl = experience["difference"].sum(1)
-        rewards = experience.get("rewards", {})
-        return [
-            {
-                "prompt": scored.prompts[i],
-                "completion": scored.completions[i],
-                "ended": scored.ended[i],
-                "num_tokens": len(scored.completion_ids[i]),
-                "kl": kl[i].item(),
-                "rewards": {k: v[i].item() for k, v in rewards.items()},
-                "reward": experience["scores"][i].item() if self.rewards else None,
-            }
-            for i in range(len(prompts))
-        ]
+        return evaluate_prompts(self, batch)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._validate(batch, batch_idx, "val/")
@@ -306,24 +313,19 @@ class LitPolicy(LitModule):
         if isinstance(batch, Experience):  # offline data
             loss = self.loss_of(self._output(batch), batch)
             weight = self.objective.weight(batch)
-            if isinstance(loss.total, Tensor) and isinstance(weight, Tensor):
-                self.add_to_means({"loss": (loss.total, weight), **loss.metrics}, prefix)
+            if isinstance(loss.total, Tensor):
+                assert isinstance(weight, Tensor)
+                terms = {"loss": (loss.total, weight)}
+            else:
+                assert isinstance(weight, dict)
+                terms = {f"loss/{name}": (total, weight[name]) for name, total in loss.total.items()}
+                self.loss_terms = tuple(terms)
+            self.add_to_means({**terms, **loss.metrics}, prefix)
             return
         rows = self.evaluate_prompts(batch)
         if batch_idx == 0:
             self.samples = rows[:8]
-        columns: dict[str, list[float]] = {
-            "kl": [r["kl"] for r in rows],
-            "length": [float(r["num_tokens"]) for r in rows],
-            "ended": [float(r["ended"]) for r in rows],
-        }
-        if self.rewards:
-            columns["reward"] = [r["reward"] for r in rows]
-            for reward in self.rewards:
-                columns[f"rewards/{reward.name}"] = [r["rewards"][reward.name] for r in rows]
-        count = torch.tensor(len(rows), device=self.device)
-        sums = {k: torch.tensor(v, dtype=torch.float32, device=self.device).sum() for k, v in columns.items()}
-        self.add_to_means({k: (total, count) for k, total in sums.items()}, prefix)
+        self.add_to_means(means_of_rows(self, rows), prefix)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Completions of a batch of prompts with their rewards and divergence."""
@@ -334,6 +336,11 @@ class LitPolicy(LitModule):
     def header(self) -> dict[str, Any]:
         return super().header() | {"reference": self._reference_id, "engine_agrees": self.engine_agrees}
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.reference_update is not None:  # one that moves is part of the run's state
+            checkpoint["reference"] = {"step": self._reference_step, "weights": self.frozen["reference"].state_dict()}
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.starts_as_reference = False
@@ -343,6 +350,10 @@ class LitPolicy(LitModule):
                 "the frozen reference is not the one this run started with: name the same checkpoint as model.network "
                 "(or model.reference), and do not change that file while a run depends on it"
             )
+        moved = checkpoint.get("reference")
+        if self.reference_update is not None and moved is not None:
+            self.frozen["reference"].load_state_dict(moved["weights"])
+            self._reference_step = int(moved["step"])
 
 
 def _load(checkpoint: str, role: str) -> nn.Module:

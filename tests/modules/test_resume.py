@@ -26,12 +26,14 @@ from torch import Tensor
 from lit_palm.callbacks import LastCheckpoint
 from lit_palm.callbacks.last_checkpoint import _replace
 from lit_palm.modules.checkpoint import read_checkpoint
+from lit_palm.modules.reference import ReferenceUpdate
 from lit_palm.optim import CosineWithWarmup
 from tests.support import (
     config,
     everything,
     language_model,
     policy,
+    preference_policy,
     prompt_data,
     ranking_data,
     recorded,
@@ -68,6 +70,9 @@ def job(name: str, folder: Path, accumulate: int) -> tuple[Any, Any]:
         return reward_model(calibrate="whiten"), ranking_data(folder, batch_size=4 // accumulate)
     if name == "selection":  # sixteen rows a collection at most, of which twelve, six, four, ... are kept
         return selective_policy(rollout={"minibatch_size": 4 // accumulate}), prompt_data(folder)
+    if name == "moving reference":  # three steps an epoch, the reference moves after every second
+        module = preference_policy(reference_update=ReferenceUpdate(mix=0.3, every=2))
+        return module, ranking_data(folder, batch_size=4 // accumulate)
     # four minibatches a collection in two passes; adaptive KL, running moments; `early stop`: most of them unused
     stop = {"max_update_kl": 2e-3} if name == "early stop" else {}
     return policy(ppo=stop, rollout={"minibatch_size": 4 // accumulate}), prompt_data(folder)
@@ -149,6 +154,7 @@ WITHIN = {"val_check_interval": 2, "check_val_every_n_epoch": None}
         ("early stop", 1, {"max_steps": 6, **WITHIN}),
         ("selection", 1, {"max_epochs": 3}),  # six steps, four, two
         ("selection", 2, {"max_steps": 11, **WITHIN}),
+        ("moving reference", 2, {"max_steps": 7}),
     ],
 )
 def test_resume_is_exact(name: str, accumulate: int, flags: dict[str, Any], tmp_path: Path) -> None:
