@@ -72,7 +72,7 @@ class Rollouts:
         self.loader = RolloutLoader(
             self.collect,
             config,
-            objective.num_kept(config.num_rows),
+            objective.num_kept(config.num_prompts, config.completions_per_prompt),
             objective.grouped,
             module.global_rank,
             module.trainer.world_size,

@@ -75,12 +75,19 @@ class Objective(ABC):
         """
         return experience
 
-    def num_kept(self, num_rows: int) -> int:
-        """How many of a collection's rows `prepare` keeps at most; override it together with a selection.
+    def num_kept(self, num_prompts: int, completions: int) -> int:
+        """How many rows `prepare` keeps at most; override it together with a selection.
 
         A collection that keeps fewer makes a shorter epoch.
+
+        Args:
+            num_prompts: prompts of a collection.
+            completions: completions sampled for each.
+
+        Raises:
+            ValueError: the objective cannot work with so many completions a prompt.
         """
-        return num_rows
+        return num_prompts * completions
 
     @abstractmethod
     def weight(self, experience: Experience) -> Tensor | dict[str, Tensor]:

@@ -20,28 +20,24 @@ __all__ = ["OnlineDPO"]
 class OnlineDPO(DPO):
     """DPO whose pairs come from the policy's own samples.
 
-    Of the `completions` sampled for a prompt, the best by `scores` becomes the chosen one and the worst the rejected
-    one; the others are dropped. Where all score alike there is no pair. Small collections, each gone through once, are
-    the online DPO of Guo et al. 2024; a few large ones the iterative DPO of Xu et al. 2023 and Dong et al. 2024.
+    Of the completions sampled for a prompt, the best by `scores` becomes the chosen one and the worst the rejected one;
+    the others are dropped. Where all score alike there is no pair. Small collections, each gone through once, are the
+    online DPO of Guo et al. 2024; a few large ones the iterative DPO of Xu et al. 2023 and Dong et al. 2024.
 
     With `margin` the difference of the two scores is subtracted from the difference of rewards.
 
     Args:
-        completions: how many are sampled for a prompt; rollout.completions_per_prompt must say the same.
         missing_eos_penalty: subtracted from the score of a completion that did not end by itself.
         kwargs: the arguments of `DPO`.
 
     Raises:
-        ValueError: an argument is out of range; in training: `completions` is not what was sampled.
+        ValueError: an argument is out of range; when a run starts: one completion a prompt makes no pair.
     """
 
     API_VERSION: ClassVar[int] = 1
 
-    def __init__(self, completions: int = 2, missing_eos_penalty: float = 0.0, **kwargs: Any) -> None:
+    def __init__(self, missing_eos_penalty: float = 0.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if completions < 2:
-            raise ValueError(f"completions must be at least 2 to have a best and a worst, got {completions}")
-        self.completions = completions
         self.missing_eos_penalty = missing_eos_penalty
 
     @property
@@ -49,36 +45,28 @@ class OnlineDPO(DPO):
         """Samples, scores and (to report the divergence) log-probabilities; the reference unless nothing reads it."""
         return super().needs | frozenset({"rollouts", "reward", "old_logps"})
 
-    def num_kept(self, num_rows: int) -> int:
+    def num_kept(self, num_prompts: int, completions: int) -> int:
         """Two of each prompt."""
-        if num_rows % self.completions:
-            raise ValueError(self._mismatch(f"{num_rows} completions a collection"))
-        return num_rows // self.completions * 2
-
-    def _mismatch(self, found: str) -> str:
-        return (
-            f"OnlineDPO(completions={self.completions}) does not fit {found}: set rollout.completions_per_prompt to "
-            f"{self.completions}, or the objective's completions to what that says"
-        )
+        if completions < 2:
+            raise ValueError(
+                "OnlineDPO compares completions of one prompt: set rollout.completions_per_prompt to 2 or more"
+            )
+        return 2 * num_prompts
 
     def prepare(self, experience: Experience) -> Experience:
-        """Keep the best and the worst row of every group, with `rank` 0 and 1 (both 0 where all score alike).
-
-        Raises:
-            ValueError: groups are not of `completions` rows.
-        """
+        """Keep the best and the worst row of every group, with `rank` 0 and 1 (both 0 where all score alike)."""
         group: Tensor = experience["group"]
         _, sizes = group.unique(return_counts=True)
-        if bool((sizes != self.completions).any()):
-            raise ValueError(self._mismatch(f"groups of {int(sizes.min())} to {int(sizes.max())} completions"))
+        completions = int(sizes[0])
+        assert bool((sizes == completions).all()), "the host samples equally many completions of every prompt"
         scores = experience["scores"].float()
         if self.missing_eos_penalty:
             scores = scores - self.missing_eos_penalty * (~experience["ended"]).float()
-        rows = group.argsort(stable=True).view(-1, self.completions)
+        rows = group.argsort(stable=True).view(-1, completions)
         table = scores[rows]
         best = table.argmax(1)
         # the last of equal scores: never the same row as the first of equal ones
-        worst = self.completions - 1 - table.flip(1).argmin(1)
+        worst = completions - 1 - table.flip(1).argmin(1)
         gap = table.amax(1) - table.amin(1)
         picked = rows.gather(1, torch.stack([best, worst], dim=1))
         metrics = self._found(experience, table, gap)
