@@ -105,7 +105,7 @@ class KTO(Objective):
             kl = (apart / others.sum().clamp(min=1)).clamp(min=0)
         wanted = experience["label"]
         per_row = formulas.kto(self.beta * ratio, self.beta * kl, wanted)
-        per_row = torch.where(wanted, self.desirable_weight, self.undesirable_weight) * per_row
+        per_row = torch.where(wanted, self.desirable_weight * per_row, self.undesirable_weight * per_row)
         metrics = self._metrics(logps.detach(), ratio.detach(), rows & wanted, rows & ~wanted)
         metrics["kl"] = (kl, rows.any().long())
         return Loss(torch.where(rows, per_row, 0).sum(), metrics)

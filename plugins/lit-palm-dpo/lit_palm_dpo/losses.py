@@ -49,10 +49,11 @@ def bounded_exp(exponent: Tensor) -> Tensor:
 
 
 def divergence_score(log_ratio: Tensor, divergence: Divergence, alpha: float) -> Tensor:
-    """f'(u) at u = pi / pi_ref, which takes the log-ratio's place when another divergence restrains the policy.
+    """f'(u) - f'(1) at u = pi / pi_ref, in the log-ratio's place when another divergence restrains the policy.
 
-    Wang et al. 2023, "Beyond Reverse KL", table 1, up to constants, which cancel in a pair: reverse KL log u, forward
-    KL 1 - 1/u, Jensen-Shannon log(2u / (1 + u)), alpha (1 - u^-alpha) / alpha, which is reverse KL at 0, forward at 1.
+    Wang et al. 2023, "Beyond Reverse KL", table 1: reverse KL log u, forward KL 1 - 1/u, Jensen-Shannon
+    log(2u / (1 + u)), alpha (1 - u^-alpha) / alpha, which is reverse KL at 0, forward at 1. (f is only given up to a
+    multiple of u - 1. The choice cancels in a pair, unless lengths are divided by.)
     """
     if divergence == "forward_kl":
         return 1 - bounded_exp(-log_ratio)
