@@ -16,7 +16,7 @@ class ExactMatch(Reward):
     Args:
         answer: name of the column with the right answer: a string or a number, or a list of which any one is right.
         extract: a regular expression; compared is the first group of its last match in the completion (without groups:
-            the whole match). A completion in which it is not found is wrong. None: the whole completion.
+            the whole match). A completion in which it is not found is wrong. Empty: the whole completion.
         extract_answer: the same for the column, where it holds a whole solution; it must be found there.
         strip: leave white space at either end aside.
         ignore_case: compare without case.
@@ -32,8 +32,8 @@ class ExactMatch(Reward):
     def __init__(
         self,
         answer: str = "answer",
-        extract: str | None = None,
-        extract_answer: str | None = None,
+        extract: str = "",
+        extract_answer: str = "",
         strip: bool = True,
         ignore_case: bool = False,
         match: float = 1.0,
@@ -44,8 +44,9 @@ class ExactMatch(Reward):
         super().__init__(weight, name)
         require_finite(self, match=match, no_match=no_match)
         self.answer = answer
-        self.extract = None if extract is None else compiled(self, "extract", extract)
-        self.extract_answer = None if extract_answer is None else compiled(self, "extract_answer", extract_answer)
+        # an empty string rather than None for "not set": the YAML reader takes "#### (.*)" for null where it may be
+        self.extract = compiled(self, "extract", extract) if extract else None
+        self.extract_answer = compiled(self, "extract_answer", extract_answer) if extract_answer else None
         self.strip, self.ignore_case = strip, ignore_case
         self.match, self.no_match = match, no_match
 

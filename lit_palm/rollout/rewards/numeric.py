@@ -25,7 +25,8 @@ class NumericMatch(Reward):
     Args:
         answer: name of the column with the right answer: a number or a string, or a list of which any one is right.
         extract: a regular expression; looked at is the first group of its last match (without groups: the whole match).
-        after: a marker, such as "####"; the number is the first one after its last occurrence.
+            Empty: none.
+        after: a marker, such as "####"; the number is the first one after its last occurrence. Empty: none.
         boxed: the number is in the last \\boxed{...}.
         percent: "50%" equals 50 and 0.5 (either), 50 alone (number) or 0.5 alone (share).
         absolute: differences up to this count as equal.
@@ -42,8 +43,8 @@ class NumericMatch(Reward):
     def __init__(
         self,
         answer: str = "answer",
-        extract: str | None = None,
-        after: str | None = None,
+        extract: str = "",
+        after: str = "",
         boxed: bool = False,
         percent: Literal["either", "number", "share"] = "either",
         absolute: float = 0.0,
@@ -57,12 +58,11 @@ class NumericMatch(Reward):
         require_finite(self, match=match, no_match=no_match, absolute=absolute, relative=relative)
         if absolute < 0 or relative < 0:
             raise ValueError(f"the tolerances of NumericMatch must not be negative, got {absolute} and {relative}")
-        if (extract is not None) + (after is not None) + boxed > 1:
+        if bool(extract) + bool(after) + boxed > 1:
             raise ValueError("NumericMatch looks in one place: set one of extract, after and boxed")
-        if after == "":
-            raise ValueError("after of NumericMatch is empty: name a marker, or leave it out for the last number")
         self.answer = answer
-        self.extract = None if extract is None else compiled(self, "extract", extract)
+        # an empty string rather than None for "not set": the YAML reader takes "####" for null where it may be
+        self.extract = compiled(self, "extract", extract) if extract else None
         self.after, self.boxed, self.percent = after, boxed, percent
         self.absolute, self.relative = _shortest(absolute), _shortest(relative)
         self.match, self.no_match = match, no_match
@@ -83,7 +83,7 @@ class NumericMatch(Reward):
     def _find(self, text: str) -> Number | None:
         """The number in the place where the completion is to give it."""
         place: str | None = text
-        if self.after is not None:
+        if self.after:
             _, marker, rest = text.rpartition(self.after)
             found = numbers(rest) if marker else []
             return found[0] if found else None
