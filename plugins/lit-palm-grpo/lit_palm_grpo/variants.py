@@ -50,7 +50,7 @@ class DrGRPO(GRPO):
 class RLOO(GRPO):
     """REINFORCE leave-one-out: a completion is one action, compared with the prompt's other completions.
 
-    Ahmadian et al. 2024, "Back to Basics", section 2.2; the ratio of whole completions and its clipping, for more than
+    Ahmadian et al. 2024, "Back to Basics"; the ratio of whole completions and its clipping, for more than
     one step a collection, are TRL's. With one step the gradient is that of the paper.
 
     Args:
@@ -89,7 +89,7 @@ class RLOO(GRPO):
 class ReinforcePlusPlus(GRPO):
     """REINFORCE++: no groups; the advantage is the reward to go, less its KL, whitened over all tokens of a collection.
 
-    Hu et al. 2025, section 3. One completion a prompt is enough. `baseline: group` gives REINFORCE++-baseline, which
+    Hu et al. 2025. One completion a prompt is enough. `baseline: group` gives REINFORCE++-baseline, which
     the paper runs with `kl_in: loss` and `kl_estimator: k2`.
 
     Args:
