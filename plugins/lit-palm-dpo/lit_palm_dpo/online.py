@@ -55,14 +55,15 @@ class OnlineDPO(DPO):
 
     def prepare(self, experience: Experience) -> Experience:
         """Keep the best and the worst row of every group, with `rank` 0 and 1 (both 0 where all score alike)."""
-        group: Tensor = experience["group"]
+        by_row = experience["row"].argsort()  # so that neither ties nor the result depend on the order of rows
+        group: Tensor = experience["group"][by_row]
         _, sizes = group.unique(return_counts=True)
         completions = int(sizes[0])
         assert bool((sizes == completions).all()), "the host samples equally many completions of every prompt"
         scores = experience["scores"].float()
         if self.missing_eos_penalty:
             scores = scores - self.missing_eos_penalty * (~experience["ended"]).float()
-        rows = group.argsort(stable=True).view(-1, completions)
+        rows = by_row[group.argsort(stable=True)].view(-1, completions)
         table = scores[rows]
         best = table.argmax(1)
         # the last of equal scores: never the same row as the first of equal ones

@@ -1,4 +1,4 @@
-"""Random batches for the tests: ragged answers, rankings with ties, rows that only fill up, rubbish outside the mask."""
+"""Random batches for the tests: ragged answers, rankings with ties, rows that fill up, rubbish outside the mask."""
 
 from __future__ import annotations
 

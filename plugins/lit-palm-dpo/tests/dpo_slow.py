@@ -1,8 +1,8 @@
 """The losses once more, in plain Python and float64, written from the papers: loops over rows, no tensors.
 
-Rows are dictionaries: `logps` and `ref` (lists of floats, one a token of the answer), `group`, `rank`, `margin`. What the
-objectives hold constant (the shift of BCO, the divergence of KTO) is an argument, so that finite differences of these
-functions are the gradients that the objectives should have.
+Rows are dictionaries: `logps` and `ref` (lists of floats, one a token of the answer), `group`, `rank`, `margin`. What
+the objectives hold constant (the shift of BCO, the divergence of KTO) is an argument, so that finite differences of
+these functions are the gradients that the objectives should have.
 """
 
 from __future__ import annotations

@@ -271,12 +271,15 @@ def test_orpo_is_trls() -> None:
 # ------------------------------------------------------------------------------------------ unpaired feedback
 
 
+SEED = 2  # the divergence is above 0
+
+
 @pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
 @pytest.mark.parametrize("labels", [[True, False, True, True], [True] * 4, [False] * 4])
 def test_kto_is_trls(loss: Any, labels: list[bool]) -> None:
     from trl.trainer.kto_trainer import KTOTrainer
 
-    experience, output = feedback(labels, mismatched=4, seed=21)
+    experience, output = feedback(labels, mismatched=4, seed=SEED)
     mask = experience["loss_mask"]
     assert output.logps is not None and output.ref_logps is not None
     sums = torch.where(mask, output.ref_logps, 0).sum(1)
