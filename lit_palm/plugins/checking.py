@@ -8,12 +8,13 @@ import importlib
 import inspect
 import textwrap
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lit_palm.plugins.registry import GROUPS, Plugin, PluginError, group_of, is_builtin
 
-__all__ = ["check", "check_class"]
+__all__ = ["check", "check_all", "check_class"]
 
 
 def _import(value: str) -> Any:
@@ -29,6 +30,21 @@ def _import(value: str) -> Any:
 
 def check(plugin: Plugin) -> type | None:
     """Import a plugin and fill in its health; its class when it is healthy. Never raises on a plugin's account."""
+    return check_all([plugin])[0]
+
+
+def check_all(plugins: Sequence[Plugin]) -> list[type | None]:
+    """The same for several, in their order."""
+    unchecked = [plugin for plugin in plugins if plugin.health == "unchecked"]
+    classes = [_check(plugin) for plugin in plugins]
+    if any(plugin.health == "broken" for plugin in unchecked):
+        # Classes made before an import failed would still be found by their short name. With torch in memory this takes
+        # a tenth of a second, so it is done once.
+        gc.collect()
+    return classes
+
+
+def _check(plugin: Plugin) -> type | None:
     if plugin.health not in ("unchecked", "healthy"):
         return None
     try:
@@ -37,8 +53,6 @@ def check(plugin: Plugin) -> type | None:
         if is_builtin(plugin):
             raise
         plugin.health, plugin.cause = "broken", _describe(error)
-    if plugin.health == "broken":
-        gc.collect()  # classes made before the import failed would still be found by their short name
         return None
     api = getattr(cls, "API_VERSION", None)
     plugin.api = api if type(api) is int else None
@@ -96,7 +110,7 @@ def _api_refusal(group: str, cls: type) -> str | None:
     if type(api) is not int or not _is_literal(stated):
         return f"its API_VERSION must be a literal integer, as in `API_VERSION = {current}`"
     if api != current:
-        older, newer = ("the plugin", "lit_palm") if api < current else ("lit_palm", "the plugin")
+        older, newer = ("the plugin", "lit_palm") if api < current else ("lit_palm", "version of the plugin")
         return (
             f"it was written for API_VERSION {api} and this lit_palm has {current}: "
             f"upgrade {older}, or install an older {newer}"

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lit_palm.plugins.checking import check
+from lit_palm.plugins.checking import check, check_all
 from lit_palm.plugins.registry import (
     BUILTINS,
     GROUPS,
@@ -25,11 +25,13 @@ from lit_palm.plugins.scan import DEFAULT_PREFIXES, named_words
 __all__ = ["explain", "load", "load_named", "plugin_table", "unknown_message"]
 
 UNRESOLVED = (
+    r"Expected an instantiatable class, but ([\w.]+) is abstract",
+    r"(?s)Expected an instantiatable class, but is abstract.*?Given value: ([\w.]+)",
     r"Expected a dot import path string: ([\w.]+)",
     r"Problem with given class_path ['\"]([\w.]+)",
-    r"Expected an instantiatable class, but ([\w.]+) is abstract",
 )
-"""What jsonargparse says when a short name is nobody's, a class path does not import, or a class was refused."""
+"""What jsonargparse says when a class was refused, a short name is nobody's, or a class path does not import. A class
+path that is fine itself comes before what is wrong within it, so the last one is the least telling."""
 
 
 def load(group: str, name: str) -> type:
@@ -86,19 +88,15 @@ def load_named(
         PluginError: when a name that is written out shadows a built-in: the CLI would silently take the built-in.
     """
     names = named_words(args, os.environ if env is None else env, files, prefixes)
-    troubled = []
-    for plugin in discover():
-        if is_builtin(plugin):
-            check(plugin)
-        elif names is None or plugin.name in names or plugin.name == "?":
-            shadows = plugin.health == "duplicate" and plugin.name in BUILTINS[plugin.group]
-            if shadows and names is not None:
-                raise PluginError(str(plugin.cause))
-            if check(plugin) is None:
-                troubled.append(plugin)
+    check_all([plugin for plugin in discover() if is_builtin(plugin)])
+    named = [p for p in discover() if not is_builtin(p) and (names is None or p.name in names or p.name == "?")]
+    for plugin in named:
+        if names is not None and plugin.health == "duplicate" and plugin.name in BUILTINS[plugin.group]:
+            raise PluginError(str(plugin.cause))
+    troubled = [plugin for plugin, cls in zip(named, check_all(named), strict=True) if cls is None]
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        for plugin in troubled:
-            print(f"lit_palm: {plugin.problem()}", file=sys.stderr)
+        for problem in _problems(troubled):
+            print(f"lit_palm: {problem}", file=sys.stderr)
         for name in sorted((allowed_names() or set()) - {plugin.name for plugin in discover()}):
             print(f"lit_palm: LIT_PALM_PLUGINS names {name}, which is not installed", file=sys.stderr)
     return troubled
@@ -106,14 +104,23 @@ def load_named(
 
 def plugin_table() -> list[Plugin]:
     """Every built-in and plugin, imported and checked: what is installed, from where, healthy or why not."""
-    for plugin in discover():
-        check(plugin)
+    check_all(discover())
     order = list(GROUPS)
-    return sorted(discover(), key=lambda plugin: order.index(plugin.group) if plugin.group in order else len(order))
+
+    def place(plugin: Plugin) -> tuple[int, bool, str, str]:
+        kind = order.index(plugin.group) if plugin.group in order else len(order)
+        return (kind, False, "", "") if is_builtin(plugin) else (kind, True, plugin.distribution.lower(), plugin.name)
+
+    return sorted(discover(), key=place)
+
+
+def _problems(plugins: Sequence[Plugin]) -> list[str]:
+    """What is wrong with them, each thing once: a name that two distributions bring is one problem."""
+    return list(dict.fromkeys(plugin.problem() for plugin in plugins))
 
 
 def unknown_message(group: str, name: str) -> str:
-    """The error for a name that cannot be resolved: the nearest name, what is installed, what is broken and why.
+    """The error for a name that cannot be resolved: what is wrong with it, or else the nearest name and what there is.
 
     Args:
         group: entry-point group or kind.
@@ -123,15 +130,15 @@ def unknown_message(group: str, name: str) -> str:
     kind = GROUPS[group][0]
     known = [plugin for plugin in plugin_table() if plugin.group in (group, "?")]
     same = [plugin for plugin in known if plugin.name == name and plugin.health != "healthy"]
+    if same:
+        return "\n".join(_problems(same))
     healthy = [plugin for plugin in known if plugin.health == "healthy"]
-    others = {plugin.name.lower(): plugin.name for plugin in known if plugin.name != name}
+    others = {plugin.name.lower(): plugin.name for plugin in known}
     near = difflib.get_close_matches(name.lower(), others, n=1)
-    lines = [plugin.problem() for plugin in same] or [f"unknown {kind} {name!r}"]
-    if near and not same:
-        lines[0] += f"; did you mean {others[near[0]]}?"
+    lines = [f"unknown {kind} {name!r}" + (f"; did you mean {others[near[0]]}?" if near else "")]
     lines.append(f"installed: {', '.join(f'{plugin.name} ({plugin.source})' for plugin in healthy) or 'none'}")
-    lines += [f"not usable: {p.problem()}" for p in known if p.health != "healthy" and p not in same]
-    return "\n".join(lines)
+    unusable = [plugin for plugin in known if plugin.health != "healthy"]
+    return "\n".join([*lines, *(f"not usable: {problem}" for problem in _problems(unusable))])
 
 
 def explain(message: str) -> str:

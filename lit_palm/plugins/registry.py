@@ -80,6 +80,8 @@ class Plugin:
 
     def problem(self) -> str:
         """What is wrong with it, on one line."""
+        if self.health == "duplicate":
+            return f"{self.kind} {self.cause}"
         return f"plugin {self.name} ({self.kind}, from {self.source}) is {self.health}: {self.cause}"
 
 

@@ -8,10 +8,12 @@ lit-palm plugins show PPO     what it does and its typed, documented arguments
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import inspect
 import json
 import re
+import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -40,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.verb == "show":
         print(describe(arguments.name))
     elif arguments.json:
-        print(json.dumps([as_record(plugin) for plugin in plugin_table()], indent=2))
+        with contextlib.redirect_stdout(sys.stderr):  # a plugin that prints while it is imported would spoil the list
+            table = plugin_table()
+        print(json.dumps([as_record(plugin) for plugin in table], indent=2))
     else:
         print(format_table(plugin_table()))
     return 0
