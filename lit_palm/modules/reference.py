@@ -90,7 +90,8 @@ class PrecomputedReference:
             with torch.no_grad(), module.numerics():
                 logps = module.reference_logps(moved).float().cpu()
             for row, number in enumerate(batch["row"].tolist()):
-                found[number] = logps[row][batch["loss_mask"][row]]
+                if number >= 0:  # not one that fills a batch up
+                    found[number] = logps[row][batch["loss_mask"][row]]
         found = self._gather(module, found)
         lengths = torch.zeros(max(found) + 2, dtype=torch.long)
         for number, values in found.items():

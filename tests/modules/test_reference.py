@@ -1,0 +1,109 @@
+"""The reference: computed once before training, or following the policy."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lit_palm.modules.policy import LitPolicy
+from lit_palm.modules.reference import ReferenceUpdate
+from tests.support import (
+    apart,
+    config,
+    everything,
+    policy,
+    preference_policy,
+    prompt_data,
+    ranking_data,
+    trainer,
+    weights,
+)
+
+
+def fit(folder: Path, module: LitPolicy, **options: Any) -> Any:
+    run = trainer(folder, **{"max_epochs": 2, **options})
+    run.fit(module, datamodule=ranking_data(folder, batch_size=3))
+    return run
+
+
+def test_a_reference_computed_in_advance_changes_nothing(tmp_path: Path) -> None:
+    plain = fit(tmp_path, preference_policy())
+    module = preference_policy(precompute_reference=True)
+    passes = []
+    original = module.reference_logps
+    module.reference_logps = lambda batch: (passes.append(batch.num_rows), original(batch))[1]  # type: ignore[method-assign]
+    run = fit(tmp_path, module)
+    # rows are batched otherwise: rounding of float32
+    assert apart(everything(plain)["weights"], everything(run)["weights"]) < 1e-4
+    for name in ("val/loss", "val/gain", "val/accuracy", "val/loss/pairs", "val/loss/tokens"):
+        assert float(run.callback_metrics[name]) == pytest.approx(float(plain.callback_metrics[name]), abs=1e-4), name
+    total = run.callback_metrics["val/loss/pairs"] + run.callback_metrics["val/loss/tokens"]
+    assert float(run.callback_metrics["val/loss"]) == pytest.approx(float(total))
+    # every training and validation answer once: 12 rankings of 2, 3 or 4, and 6 more
+    assert sum(passes) == sum(2 + i % 3 for i in range(12)) + sum(2 + i % 3 for i in range(50, 56))
+
+
+def test_the_reference_in_advance_is_the_starting_point_not_the_policy(tmp_path: Path) -> None:
+    module = preference_policy(precompute_reference=True)
+    run = fit(tmp_path, module, max_epochs=1)
+    assert abs(float(run.callback_metrics["val/gain"])) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"precompute_reference": True, "reference_update": ReferenceUpdate()}, "exclude each other"),
+        ({"objective": policy().objective, "rewards": policy().rewards, "precompute_reference": True}, "PPO samples"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        LitPolicy(**{"network": config(), "objective": preference_policy().objective, **options})
+
+
+def test_updates_of_the_reference_are_those_of_a_loop(tmp_path: Path) -> None:
+    module = preference_policy(reference_update=ReferenceUpdate(mix=0.25, every=2))
+    seen: list[dict[str, Any]] = []
+    original = module.training_step
+
+    def step(batch: Any, batch_idx: int) -> Any:
+        seen.append({"policy": weights(module.networks["policy"]), "reference": weights(module.frozen["reference"])})
+        return original(batch, batch_idx)
+
+    module.training_step = step  # type: ignore[method-assign]
+    fit(tmp_path, module)
+    expected = copy.deepcopy(seen[0]["policy"])
+    assert len(seen) == 8
+    for number, found in enumerate(seen):
+        if number and number % 2 == 0:
+            expected = {k: 0.75 * v + 0.25 * found["policy"][k] for k, v in expected.items()}
+        assert apart(expected, found["reference"]) < 1e-6, number
+
+
+def test_a_reference_follows_under_rollouts_too(tmp_path: Path) -> None:
+    module = policy(reference_update=ReferenceUpdate(mix=1.0, every=1))
+    run = trainer(tmp_path, max_epochs=2, limit_val_batches=0)
+    run.fit(module, datamodule=prompt_data(tmp_path))
+    assert float(run.callback_metrics["objective/kl"]) < 1e-2, "the reference is a copy of a step before"
+    still = policy()
+    run = trainer(tmp_path, max_epochs=2, limit_val_batches=0)
+    run.fit(still, datamodule=prompt_data(tmp_path))
+    assert float(run.callback_metrics["objective/kl"]) > 1e-2
+
+
+@pytest.mark.parametrize("fields", [{"mix": 0.0}, {"mix": 1.5}, {"every": 0}])
+def test_wrong_fields_are_named(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"reference_update.{next(iter(fields))}"):
+        ReferenceUpdate(**fields)
+
+
+def test_the_starting_reference_is_a_copy(tmp_path: Path) -> None:
+    module = preference_policy(reference_update=ReferenceUpdate(mix=1.0, every=1))
+    fit(tmp_path, module, max_epochs=1)
+    owned = {p.data_ptr() for p in module.networks.parameters()}
+    assert not owned & {p.data_ptr() for p in module.frozen["reference"].parameters()}
+    assert torch.is_grad_enabled() and not any(p.requires_grad for p in module.frozen["reference"].parameters())
