@@ -11,7 +11,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["EPS", "NO_SPREAD", "Baseline", "Scale", "group_moments", "overlong_punishment", "relative_rewards"]
+__all__ = [
+    "EPS",
+    "NO_SPREAD",
+    "Baseline",
+    "Scale",
+    "group_moments",
+    "overlong_punishment",
+    "relative_rewards",
+    "reward_metrics",
+]
 
 Baseline = Literal["group", "leave_one_out", "batch", "none"]
 Scale = Literal["group", "batch", "none"]
@@ -72,3 +81,28 @@ def overlong_punishment(length: Tensor, max_length: int, cache: int) -> Tensor:
         cache: L_cache, over how many last tokens it falls.
     """
     return -((length - (max_length - cache)).double() / cache).clamp(0, 1)
+
+
+def reward_metrics(scores: Tensor, group: Tensor, optimized: Tensor) -> dict[str, float]:
+    """What TensorBoard shows of a collection's rewards; the first three as in TRL.
+
+    Args:
+        scores: [N] weighted sums of the rewards.
+        group: [N] long.
+        optimized: [N] the same less penalties and less the KL that is in the reward.
+
+    Returns:
+        `reward`, `reward_std`, `frac_reward_zero_std` (the share of completions whose prompt teaches nothing; not where
+        a prompt has only one) and `objective/rlhf_reward`. Nothing of no completions.
+    """
+    if not len(scores):
+        return {}
+    _, deviation, size = group_moments(scores, group)
+    metrics = {
+        "reward": scores.mean().item(),
+        "reward_std": scores.std().item() if len(scores) > 1 else 0.0,
+        "objective/rlhf_reward": optimized.mean().item(),
+    }
+    if bool((size > 1).all()):
+        metrics["frac_reward_zero_std"] = (deviation <= NO_SPREAD).double().mean().item()
+    return metrics

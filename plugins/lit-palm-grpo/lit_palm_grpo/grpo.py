@@ -23,6 +23,7 @@ from lit_palm_grpo.advantages import (
     group_moments,
     overlong_punishment,
     relative_rewards,
+    reward_metrics,
 )
 from lit_palm_grpo.surrogates import (
     Aggregation,
@@ -188,13 +189,24 @@ class GRPO(Objective):
         _, deviation, _ = group_moments(experience["scores"].double(), experience["group"])
         return deviation > NO_SPREAD
 
-    def _check_groups(self, group: Tensor) -> None:
+    def num_kept(self, num_prompts: int, completions: int) -> int:
+        """All rows.
+
+        Raises:
+            ValueError: completions are to be compared with each other, and there is only one a prompt.
+        """
         compared = self.baseline in ("group", "leave_one_out") or self.scale_rewards == "group" or self.dynamic_sampling
-        if compared and bool((group.unique(return_counts=True)[1] < 2).any()):
+        if compared and completions < 2:
             raise ValueError(
                 f"{type(self).__name__} compares the completions of a prompt, and here a prompt has only one: set "
                 "rollout.completions_per_prompt to 2 or more (8 is usual); one is enough for ReinforcePlusPlus"
             )
+        return num_prompts * completions
+
+    def _check_groups(self, group: Tensor) -> None:
+        if len(group):
+            sizes = group.unique(return_counts=True)[1]
+            self.num_kept(len(sizes), int(sizes.min()))
 
     def shaped_rewards(self, experience: Experience) -> Tensor:
         """The scores [B] less what a missing end and an overlong completion cost, in float64.
@@ -242,28 +254,14 @@ class GRPO(Objective):
         if self.normalize_advantages == "token":
             advantages = masked_whiten(advantages, mask)
         experience["advantages"] = advantages.to(experience["scores"].dtype)
-        experience["metrics"] = self._describe(experience, counted, (rewards - kl.sum(1))[counted])
+        metrics = reward_metrics(experience["scores"][counted].double(), group, (rewards - kl.sum(1))[counted])
+        if "ref_logps" in experience:
+            apart = torch.where(mask, experience["old_logps"] - experience["ref_logps"], 0).sum(1)
+            metrics["objective/kl"] = apart.sum().item() / max(int(counted.sum()), 1)
+        experience["metrics"] = metrics
         if self.mask_truncated_completions:
             experience["loss_mask"] = mask & experience["ended"][:, None]
         return experience
-
-    def _describe(self, experience: Experience, counted: Tensor, optimized: Tensor) -> dict[str, float]:
-        """`reward`, `reward_std`, `frac_reward_zero_std` as TRL's; with penalties; KL as k1, in nats a completion."""
-        scores, group = experience["scores"][counted].double(), experience["group"][counted]
-        if not len(scores):
-            return {}
-        _, deviation, size = group_moments(scores, group)
-        metrics = {
-            "reward": scores.mean().item(),
-            "reward_std": scores.std().item() if len(scores) > 1 else 0.0,
-            "objective/rlhf_reward": optimized.mean().item(),
-        }
-        if bool((size > 1).all()):
-            metrics["frac_reward_zero_std"] = (deviation <= NO_SPREAD).double().mean().item()
-        if "ref_logps" in experience:
-            apart = torch.where(experience["loss_mask"], experience["old_logps"] - experience["ref_logps"], 0)
-            metrics["objective/kl"] = apart.sum(1)[counted].mean().item()
-        return metrics
 
     # ------------------------------------------------------------------ once a minibatch
 
