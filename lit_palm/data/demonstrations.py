@@ -11,16 +11,16 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_palm.data.base import TokenizedData
 from lit_palm.data.cache import Columns, ColumnWriter
 from lit_palm.data.conversations import Conversation, encode, split_key, turn, turn_texts
+from lit_palm.data.faults import note, report
 from lit_palm.data.packing import Windows
 from lit_palm.data.sources import Row
 from lit_palm.data.tokenizers import Tokenizer
 
-__all__ = ["DemonstrationData", "Overlong"]
+__all__ = ["DemonstrationData", "Overlong", "overlong_fault"]
 
 Overlong = Literal["error", "drop", "truncate"]
 
@@ -33,7 +33,7 @@ class DemonstrationData(TokenizedData):
     Args:
         max_length: longest conversation in tokens; None: the network's context.
         overlong: what to do with a longer one: stop with an error, drop it, or cut its end off (and drop it when no
-            token to learn from remains). What was dropped or cut is counted in a warning.
+            token to learn from remains). What was dropped or cut is counted in a warning, with the first few places.
         completion_only: learn from the completion (of `messages`: from what the assistant says) and its EOS only; off:
             from the prompt too.
         pack: several conversations in one row, none seeing another, instead of padding; needs `max_length`.
@@ -62,7 +62,8 @@ class DemonstrationData(TokenizedData):
         self.pack = pack
 
     def arguments(self) -> dict[str, Any]:
-        return {"max_length": self.longest, "overlong": self.overlong, "completion_only": self.completion_only}
+        decided = {"overlong": self.overlong, "completion_only": self.completion_only}
+        return {"max_length": self.longest, **decided, "places": True}  # older entries count faults without places
 
     @property
     def longest(self) -> int | None:
@@ -90,8 +91,7 @@ class DemonstrationData(TokenizedData):
                     )
                 tokens, targets = tokens[:longest], targets[:longest]
                 kept = self.overlong == "truncate" and any(targets[1:])
-                name = "truncated" if kept else "dropped"
-                writer.meta[name] = writer.meta.get(name, 0) + 1
+                note(writer, "overlong", "cut" if kept else "dropped", sample.where)
                 if not kept:
                     continue
             writer.append("tokens", tokens, np.int32)
@@ -101,7 +101,7 @@ class DemonstrationData(TokenizedData):
     def elements(self, columns: Columns, tokenizer: Tokenizer) -> Windows:
         if self.max_length is not None:
             self.check_length(self.max_length, "max_length")
-        warn_overlong(columns, self.longest)
+        report(columns, {"overlong": overlong_fault(self.longest)})
         lengths = np.asarray(columns.arrays["lengths"])
         return Windows(
             columns.arrays["tokens"],
@@ -113,17 +113,9 @@ class DemonstrationData(TokenizedData):
         )
 
 
-def warn_overlong(columns: Columns, longest: int | None) -> None:
-    """Say how many rows were cut or left out; nothing is lost in silence.
-
-    Raises:
-        ValueError: when none is left.
-    """
-    cut, dropped = columns.meta.get("truncated", 0), columns.meta.get("dropped", 0)
-    if "tokens" not in columns.arrays:
-        raise ValueError(f"all {dropped} rows are longer than data.max_length {longest}; raise it")
-    if cut or dropped:
-        rank_zero_warn(f"longer than {longest} tokens: {cut} rows were cut, {dropped} dropped (data.overlong)")
+def overlong_fault(longest: int | None) -> str:
+    """What a row that is too long is called in reports."""
+    return f"longer than {longest} tokens (data.overlong)"
 
 
 def _conversation(row: Row) -> Conversation:

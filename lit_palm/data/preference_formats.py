@@ -7,6 +7,7 @@
 |                                               | the prompt                                                         |
 | prompt, completions, ranks                    | a ranking, 0 is best, equal ranks are ties                         |
 | (prompt) completion or text, rating           | one answer with what people gave it                                |
+| prompt, completion, label                     | one answer, and whether people wanted it (unpaired feedback)       |
 | message_id, parent_id, text, role, rank, ...  | the ranked replies to one message (OASST), rows flat or trees with |
 |                                               | `replies`; also {"prompt": tree}                                   |
 
@@ -21,7 +22,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from lit_palm.data.conversations import Turn, as_messages, split_key, turn
-from lit_palm.data.sources import Row
+from lit_palm.data.sources import Row, column
 from lit_palm.data.templates import Message
 
 __all__ = ["Answer", "Group", "groups"]
@@ -35,12 +36,16 @@ class Answer(NamedTuple):
         rank: 0 is best.
         rating: a number.
         margin: by how much the chosen answer of the pair was preferred.
+        label: whether people wanted it.
+        name: the column it comes from, for messages.
     """
 
     completion: Turn
     rank: int | None = None
     rating: float | None = None
     margin: float | None = None
+    label: bool | None = None
+    name: str = "completion"
 
 
 class Group(NamedTuple):
@@ -75,10 +80,13 @@ def groups(rows: Iterator[Row]) -> Iterator[Group]:
 
     elif "rating" in has:
         read = _rating
+    elif "label" in has:
+        read = _feedback
     else:
         raise ValueError(
             f"{first.where}: these are no preferences: the columns are {', '.join(map(repr, first.columns))}, but there"
-            " must be 'chosen' and 'rejected', 'completions' and 'ranks', 'completion' and 'rating', or OASST messages"
+            " must be 'chosen' and 'rejected', 'completions' and 'ranks', 'completion' and 'rating', 'completion' and"
+            " 'label', or OASST messages"
         )
     for row in rows:
         yield read(row)
@@ -97,7 +105,10 @@ def _pair(row: Row, has_margin: bool) -> Group:
     if whole:
         prompt, chosen, rejected = _split_dialogues(row.where, chosen, rejected)
     margin = _number(row, "margin") if has_margin else None
-    answers = [Answer(chosen, rank=0, margin=margin), Answer(rejected, rank=1, margin=margin)]
+    answers = [
+        Answer(chosen, rank=0, margin=margin, name="chosen"),
+        Answer(rejected, rank=1, margin=margin, name="rejected"),
+    ]
     return Group(prompt, answers, split_key(prompt, chosen), row.where)
 
 
@@ -140,7 +151,8 @@ def _ranking(row: Row) -> Group:
         if isinstance(rank, bool) or not isinstance(rank, (int, float)) or rank != int(rank):
             raise ValueError(f"{row.where}: 'ranks' must be whole numbers, 0 for the best answer; one is {rank!r}")
     turns = [turn(Row(row.where, {"completions": answer}), "completions") for answer in answers]
-    ranked = [Answer(t, rank=int(r)) for t, r in zip(turns, ranks, strict=True)]
+    judged = enumerate(zip(turns, ranks, strict=True))
+    ranked = [Answer(turn, rank=int(rank), name=f"completions[{i}]") for i, (turn, rank) in judged]
     return Group(prompt, ranked, split_key(prompt, turns[0]), row.where)
 
 
@@ -149,6 +161,17 @@ def _rating(row: Row) -> Group:
     completion = turn(row, "text" if "text" in row.columns and "completion" not in row.columns else "completion")
     answer = Answer(completion, rating=_number(row, "rating"))
     return Group(prompt, [answer], split_key(prompt, completion), row.where)
+
+
+def _feedback(row: Row) -> Group:
+    prompt, completion = turn(row, "prompt"), turn(row, "completion")
+    label = column(row, "label")
+    if not isinstance(label, bool) and not (isinstance(label, int) and label in (0, 1)):
+        raise ValueError(
+            f"{row.where}: column 'label' must be true or false (or 1 or 0), not {label!r:.60} of type"
+            f" {type(label).__name__}; what people wanted is true. CSV files hold nothing but text: write jsonl"
+        )
+    return Group(prompt, [Answer(completion, label=bool(label))], split_key(prompt, completion), row.where)
 
 
 def _number(row: Row, name: str) -> float:
@@ -195,7 +218,10 @@ def _ranked_replies(node: dict[str, Any], before: list[Message], key: str, where
     replies = node.get("replies") or []
     ranked = [r for r in replies if r.get("rank") is not None and r["role"] == "assistant"]
     if len(ranked) > 1:
-        answers = [Answer(as_messages(r["text"], "assistant"), rank=int(r["rank"])) for r in ranked]
+        answers = [
+            Answer(as_messages(r["text"], "assistant"), rank=int(r["rank"]), name=f"message {r['message_id']}")
+            for r in ranked
+        ]
         yield Group(path, answers, key, f"{where} (message {node['message_id']})")
     for reply in replies:
         yield from _ranked_replies(reply, path, key, where)

@@ -83,7 +83,7 @@ def test_hh_dialogues_share_their_beginning(write: Any) -> None:
     start = "\n\nHuman: one\n\nAssistant: two\n\nlines\n\nHuman: three"
     path = write("x.jsonl", [{"chosen": start + "\n\nAssistant: good", "rejected": start + "\n\nAssistant:"}])
     before = "<bos><user>one<assistant>two\n\nlines<eos><user>three<assistant>"
-    assert rows(path) == [(0, before + "[good<eos>]", 0), (0, before + "[<eos>]", 1)]
+    assert rows(path, empty="keep") == [(0, before + "[good<eos>]", 0), (0, before + "[<eos>]", 1)]
 
 
 def test_rankings_with_ties(write: Any) -> None:
@@ -139,7 +139,7 @@ def test_too_long_cuts_the_prompt_alike_or_drops_the_group(write: Any) -> None:
             {"prompt": "1", "chosen": "a", "rejected": "d"},
         ],
     )
-    with pytest.warns(UserWarning, match="1 rows were cut, 1 dropped"):
+    with pytest.warns(UserWarning, match=r"overlong\): 1 row cut \(.*x.jsonl:1\); 1 row dropped \(.*x.jsonl:2\)"):
         assert [r[1] for r in rows(path, max_length=8)] == [
             "<bos>345[abc<eos>]", "<bos>345[d<eos>]", "<bos>1[a<eos>]", "<bos>1[d<eos>]",
         ]  # fmt: skip

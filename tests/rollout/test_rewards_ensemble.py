@@ -130,7 +130,10 @@ def test_members_without_networks_build_none() -> None:
     assert Ensemble([fixed(ONE, "one"), fixed(TWO, "two")]).build(lambda *_: nn.Identity()) is None
 
 
-def test_a_policy_trains_on_an_ensemble_of_reward_models_and_logs_every_member(tmp_path: Path) -> None:
+def test_a_policy_trains_on_an_ensemble_of_reward_models_and_logs_every_member(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIT_PALM_CACHE", str(tmp_path / "cache"))
     rows = [{"prompt": "a", "chosen": "aaa", "rejected": "b"}, {"prompt": "b", "chosen": "ab", "rejected": "bb"}]
     source = write_jsonl(tmp_path / "pairs.jsonl", rows)
     checkpoints = []

@@ -1,0 +1,77 @@
+"""Rows that are not as they should be: noted when data is tokenised, reported whenever it is used.
+
+What is noted is kept with the tokenised data in the cache, so that a second run says the same as the first:
+
+    note(writer, "overlong", "dropped", "reviews.jsonl:12")     # while writing
+    report(columns, {"overlong": "longer than 512 tokens (data.overlong)"})
+
+A fault has one or several outcomes ("dropped", "kept", ...), each counted, with the first few places.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lit_palm.data.cache import Columns, ColumnWriter
+
+__all__ = ["note", "report"]
+
+PLACES = 5
+"""So many places are named; the others are counted."""
+
+
+def note(writer: ColumnWriter, fault: str, outcome: str, where: str) -> None:
+    """Count a row with a fault.
+
+    Args:
+        writer: of the tokenised data.
+        fault: a key of what `report` is given.
+        outcome: what became of the row, in words that follow a number of rows: "dropped".
+        where: its place, "file:line".
+    """
+    found = writer.meta.setdefault("faults", {}).setdefault(fault, {}).setdefault(outcome, {"count": 0, "places": []})
+    found["count"] += 1
+    if len(found["places"]) < PLACES:
+        found["places"].append(where)
+
+
+def report(columns: Columns, faults: Mapping[str, str]) -> None:
+    """Warn once, on the first process, of everything that was noted; nothing is lost in silence.
+
+    Args:
+        columns: from the cache.
+        faults: what each fault is, with the option that decides about it.
+
+    Raises:
+        ValueError: when no row is left.
+    """
+    found = columns.meta.get("faults", {})
+    lines = [f"{text}: {_outcomes(found[fault])}" for fault, text in faults.items() if fault in found]
+    if "tokens" not in columns.arrays:
+        raise ValueError("no row is left of the data; " + "; ".join(lines) + ": correct the data or change the option")
+    if lines:
+        rank_zero_warn("the data has rows with faults\n" + "\n".join(f"  {line}" for line in lines))
+
+
+def _outcomes(outcomes: Mapping[str, Mapping[str, object]]) -> str:
+    return "; ".join(_outcome(name, found) for name, found in outcomes.items())
+
+
+def _outcome(name: str, found: Mapping[str, object]) -> str:
+    count, places = found["count"], found["places"]
+    assert isinstance(count, int) and isinstance(places, list)
+    more = f" and {count - len(places)} more" if count > len(places) else ""
+    return f"{count} {'row' if count == 1 else 'rows'} {name} ({_listed(places)}{more})"
+
+
+def _listed(places: Sequence[str]) -> str:
+    """Places one after the other, a file's name once for all its lines: "a.jsonl:2, 5, b.jsonl:1"."""
+    listed, last = [], None
+    for place in places:
+        line = re.fullmatch(r"(.*):(\d+)", place)
+        listed.append(line[2] if line and line[1] == last else place)
+        last = line[1] if line else None
+    return ", ".join(listed)
