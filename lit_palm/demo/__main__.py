@@ -70,7 +70,7 @@ def run_recipe(args: argparse.Namespace) -> int:
     """Run a recipe from beginning to end, printing each command."""
     from lit_palm.demo.run import run
 
-    return run(args.recipe, args.seed, args.folder, args.fast)
+    return run(args.recipe, args.seed, args.folder, args.fast, args.core)
 
 
 def named_path(text: str) -> tuple[str, Path]:
@@ -91,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--seed", type=int, default=0, help="of every stage (%(default)s)")
     whole.add_argument("--folder", help="where to write, instead of runs/demo or runs/addition")
     whole.add_argument("--fast", action="store_true", help="a few steps of everything: that it runs, not that it works")
+    whole.add_argument("--core", action="store_true", help="without the objectives that plugins bring")
     whole.set_defaults(run=run_recipe)
 
     data = verbs.add_parser("data", help=run_data.__doc__, description=run_data.__doc__)

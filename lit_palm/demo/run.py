@@ -1,10 +1,14 @@
 """Run a recipe from beginning to end: the same commands the README shows one by one, in one process.
 
     python -m lit_palm.demo run                        # real human ratings, under ten minutes on two cores
+    python -m lit_palm.demo run --core                 # without the objectives of plugins
     python -m lit_palm.demo run --recipe addition      # a verifiable reward, no download
     python -m lit_palm.demo run --seed 2 --folder runs/demo-2 --fast
 
 Each command is printed before it runs, so that any of them can be repeated by hand.
+
+A file `plugins/*/configs/demo/NAME.yaml` adds the row NAME to the table: an objective of a package, from the same start
+and measured in the same way, when its package is installed.
 """
 
 from __future__ import annotations
@@ -12,14 +16,21 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from lit_palm.demo.files import write_json
+from lit_palm.plugins import discover
 
-__all__ = ["Recipe", "addition_recipe", "ratings_recipe", "run"]
+__all__ = ["Recipe", "addition_recipe", "plugin_rows", "ratings_recipe", "run"]
 
 CONFIGS = Path("configs/demo")
+FOLDERS = {"ratings": "runs/demo", "addition": "runs/addition"}
+"""Where each recipe writes unless told otherwise."""
+PLUGIN_CONFIGS = "plugins/*/configs/demo/*.yaml"
 
 Command = list[str]
 Recipe = list[tuple[str, Command]]
@@ -40,8 +51,26 @@ def _sample(network: str, output: str, *more: str) -> Command:
     )  # fmt: skip
 
 
-def ratings_recipe() -> Recipe:
-    """The recipe on real human ratings: (stage, command) in order."""
+def plugin_rows(installed: bool = True) -> list[Path]:
+    """Configurations of the demo that plugins bring, those whose objective is installed (or is not)."""
+    names = {plugin.name for plugin in discover()}
+    return [path for path in sorted(Path().glob(PLUGIN_CONFIGS)) if (_objective(path) in names) == installed]
+
+
+def _objective(config: Path) -> str:
+    """Name of the objective class in a configuration."""
+    tree: Any = yaml.safe_load(config.read_text(encoding="utf-8"))
+    path: str = tree["model"]["init_args"]["objective"]["class_path"]
+    return path.rpartition(".")[2]
+
+
+def ratings_recipe(plugins: Sequence[Path] = ()) -> Recipe:
+    """The recipe on real human ratings: (stage, command) in order.
+
+    Args:
+        plugins: configurations of further policies, each named as its row in the table.
+    """
+    policies = ["ppo", *(path.stem for path in plugins)]
 
     def fit_and_test(stage: str) -> Recipe:
         config = f"{CONFIGS}/{stage}.yaml"
@@ -58,17 +87,19 @@ def ratings_recipe() -> Recipe:
         *fit_and_test("finetune"),
         *fit_and_test("reward"),
         ("ppo", _lit("fit", "--config", f"{CONFIGS}/ppo.yaml")),
+        *((path.stem, _lit("fit", "--config", str(path))) for path in plugins),
         ("control", _sample(start, pool, "--data.predict=runs/demo/data/prompts/train.jsonl")),
         ("control", _demo("control", "--samples", pool, "--output", "runs/demo/control/kept.jsonl")),
         ("control", _lit("fit", "--config", f"{CONFIGS}/control.yaml")),
-        ("measure", _sample(start, "runs/demo/samples/start.jsonl")),
-        ("measure", _sample("runs/demo/ppo/last.ckpt", "runs/demo/samples/ppo.jsonl")),
-        ("measure", _sample("runs/demo/control/last.ckpt", "runs/demo/samples/control.jsonl")),
+        *(
+            ("measure", _sample(f"runs/demo/{stage}/last.ckpt", f"runs/demo/samples/{name}.jsonl"))
+            for name, stage in (("start", "finetune"), *zip(policies, policies, strict=True), ("control", "control"))
+        ),
         (
             "measure",
             _demo(
                 "report",
-                "--samples", *(f"{n}=runs/demo/samples/{n}.jsonl" for n in ("start", "ppo", "control")),
+                "--samples", *(f"{n}=runs/demo/samples/{n}.jsonl" for n in ("start", *policies, "control")),
                 "--metrics", *(f"{n}=runs/demo/{n}/metrics.json" for n in ("pretrain", "finetune", "reward")),
             ),
         ),
@@ -87,10 +118,7 @@ def addition_recipe() -> Recipe:
     ]
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"ratings": ratings_recipe, "addition": addition_recipe}
-
-
-def run(recipe: str, seed: int = 0, folder: str | None = None, fast: bool = False) -> int:
+def run(recipe: str, seed: int = 0, folder: str | None = None, fast: bool = False, core: bool = False) -> int:
     """Run the commands of a recipe; returns the exit status of the first that fails, else 0.
 
     Args:
@@ -98,14 +126,19 @@ def run(recipe: str, seed: int = 0, folder: str | None = None, fast: bool = Fals
         seed: seed of every stage.
         folder: where everything is written, instead of runs/demo or runs/addition.
         fast: a few steps of everything: shows that it runs, not that it works.
+        core: leave out what plugins bring.
     """
     from lit_palm import cli
     from lit_palm.demo import __main__ as demo
 
-    default = {"ratings": "runs/demo", "addition": "runs/addition"}[recipe]
+    default = FOLDERS[recipe]
     target = folder or default
     seconds: dict[str, float] = {}
-    for stage, command in RECIPES[recipe]():
+    rows = [] if core or recipe != "ratings" else plugin_rows()
+    for path in [] if core or recipe != "ratings" else plugin_rows(installed=False):
+        print(f"without the row {path.stem}: its objective {_objective(path)} is not installed (make install-plugins)")
+    commands = ratings_recipe(rows) if recipe == "ratings" else addition_recipe()
+    for stage, command in commands:
         command = relocate(command, default, target)
         command += overrides(command, seed, fast)
         print(f"\n$ {shlex.join(command)}", flush=True)
@@ -118,7 +151,10 @@ def run(recipe: str, seed: int = 0, folder: str | None = None, fast: bool = Fals
     total = sum(seconds.values())
     parts = ", ".join(f"{stage} {value:.0f}" for stage, value in seconds.items())
     print(f"\n{total:.0f} seconds in all: {parts}")
-    write_json(Path(target) / "seconds.json", {"total": total, **seconds})
+    added = sum(seconds.get(path.stem, 0.0) for path in rows)
+    if rows:
+        print(f"{total - added:.0f} of them without {', '.join(path.stem for path in rows)}")
+    write_json(Path(target) / "seconds.json", {"total": total, "core": total - added, **seconds})
     print(f"Curves and samples: tensorboard --logdir {target}")
     return 0
 
@@ -150,18 +186,25 @@ def overrides(command: Command, seed: int, fast: bool) -> Command:
     if command[0] != "lit-palm":
         return ["--seed", str(seed)] if seed and command[3] in ("control", "addition") else []
     extra: Command = []
+    config: dict[str, Any] = {}
+    for argument in command:
+        if argument.endswith(".yaml"):
+            config = yaml.safe_load(Path(argument).read_text(encoding="utf-8"))
+    model = config["model"]
     if seed:
-        extra.append(f"--seed_everything={seed}")
-        is_policy = any("ppo" in a or "sample" in a for a in command if a.endswith(".yaml"))
-        extra += [f"--data.seed={seed}", *([f"--model.rollout.seed={seed}"] if is_policy else [])]
+        extra += [f"--seed_everything={seed}", f"--data.seed={seed}"]
+        if model["class_path"] == "LitPolicy":
+            extra.append(f"--model.rollout.seed={seed}")
     if fast:
+        samples = "rollout" in model["init_args"]
         if command[1] == "fit":
-            ppo = any("ppo" in a for a in command)
-            extra += ["--trainer.max_epochs=2" if ppo else "--trainer.max_epochs=1", "--trainer.limit_train_batches=8"]
+            extra += [f"--trainer.max_epochs={2 if samples else 1}", "--trainer.limit_train_batches=8"]
             extra += [
                 "--trainer.max_steps=-1",
                 "--trainer.check_val_every_n_epoch=1",
                 "--trainer.val_check_interval=1.0",
             ]
+            if samples and model["init_args"]["rollout"]["num_prompts"] > 128:
+                extra.append("--model.rollout.num_prompts=64")
         extra += [f"--trainer.limit_{s}_batches=2" for s in ("val", "test")]
     return extra
