@@ -39,7 +39,7 @@ def _systems(systems: Mapping[str, Mapping[str, float]]) -> str:
     for name, row in systems.items():
         changed = "gain" in row
         rows.append([
-            name[:16],
+            name[:18],
             _number(row["judge"], 2, sign=True),
             _number(row["gain"], 2, sign=True) if changed else "",
             f"{row['gain_low']:+.2f} to {row['gain_high']:+.2f}" if changed else "",
@@ -69,9 +69,10 @@ def _examples(examples: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for example in examples:
         lines.append(f"  {_one_line(example['prompt'])}")
+        width = max(len(name[:18]) for name in example)
         for name, row in example.items():
             if name != "prompt":
-                label = f"    {name[:12]:<12} {row['judge']:+.2f}  "
+                label = f"    {name[:18]:<{width}} {row['judge']:+.2f}  "
                 lines += textwrap.wrap(
                     "..." + _one_line(row["completion"]),
                     WIDTH,

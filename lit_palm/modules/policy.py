@@ -61,7 +61,7 @@ class LitPolicy(LitModule):
     """
 
     kind: ClassVar[Kind] = "policy"
-    progress_metrics: ClassVar[tuple[str, ...]] = ("objective/scores", "objective/kl", "val/reward", "val/kl")
+    progress_metrics: ClassVar[tuple[str, ...]] = ("reward", "objective/scores", "objective/kl", "val/reward", "val/kl")
 
     def __init__(
         self,

@@ -87,11 +87,13 @@ class Rollouts:
         training = module.networks.training
         module.networks.eval()  # no dropout while collecting and scoring
         with gathered(module.networks), module.numerics():
-            experience = self._sample_until_full(collection)
+            experience, rejected = self._sample_until_full(collection)
         module.networks.train(training)
         self._describe(experience)
         sampled = self._records(experience)
         experience = module.objective.prepare(experience)
+        if rejected:  # no step is taken on what the objective refused
+            experience["loss_mask"] = torch.zeros_like(experience["loss_mask"])
         if sampled is not None:
             kept = set(experience["row"].tolist())
             self.records = collection, [{**row, "kept": row["row"] in kept} for row in sampled]
@@ -102,8 +104,11 @@ class Rollouts:
         self.metrics["time/collect_s"] = self.update_started - started
         return experience
 
-    def _sample_until_full(self, collection: int) -> Experience:
-        """The accepted rows of as many rounds as it takes, `rollout.max_rounds` at most."""
+    def _sample_until_full(self, collection: int) -> tuple[Experience, bool]:
+        """The accepted rows of as many rounds as it takes, `rollout.max_rounds` at most.
+
+        Where nothing is accepted, the rows of the last round, and True.
+        """
         config, pad_id = self.module.rollout, self.module.pad_id
         accepted: list[Experience] = []
         wanted, rounds = config.num_rows, 0
@@ -123,11 +128,11 @@ class Rollouts:
         found = [part for part in accepted if part.num_rows]
         if not found:
             rank_zero_warn(
-                f"all completions of collection {collection} were rejected by {type(self.module.objective).__name__}; "
-                "it goes on with those of the last round. Raise rollout.max_rounds, or look at the rewards"
+                f"all completions of collection {collection} were rejected by {type(self.module.objective).__name__}: "
+                "nothing is learned from it. Raise rollout.max_rounds, or look at the rewards"
             )
-            found = [experience]
-        return merge(found, pad_id)
+            return experience, True
+        return merge(found, pad_id), False
 
     def _round(self, collection: int, number: int) -> Experience:
         """The completions of `num_prompts` prompts, scored and annotated, of all ranks."""

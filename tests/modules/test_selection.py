@@ -65,11 +65,14 @@ def test_rejected_prompts_are_replaced_by_others(tmp_path: Path) -> None:
     assert best["rewards"]["count_a"] == count_a([best["completion"]])[0]
 
 
-def test_where_everything_is_rejected_it_says_so_and_goes_on(tmp_path: Path) -> None:
+def test_where_everything_is_rejected_it_says_so_and_moves_nothing(tmp_path: Path) -> None:
     module = selective_policy()
     module.objective.accept = lambda experience: torch.zeros(experience.num_rows, dtype=torch.bool)  # type: ignore[method-assign]
+    before: dict[str, Any] = {}
+    module.on_train_start = lambda: (before.update(weights(module)), type(module).on_train_start(module))[1]  # type: ignore[method-assign]
     with pytest.warns(UserWarning, match="all completions of collection 0 were rejected by Selective"):
         trainer(tmp_path, max_epochs=1).fit(module, datamodule=prompt_data(tmp_path))
+    assert module.trainer.global_step == 6 and apart(before, weights(module)) == 0.0
 
 
 def test_a_collection_of_which_nothing_is_kept_moves_nothing(tmp_path: Path) -> None:
