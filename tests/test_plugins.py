@@ -15,6 +15,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import uuid
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def install(
     folder: Path, distribution: str, entries: dict[str, str], source: str = "", group: str = "lit_palm.objectives"
 ) -> str:
     """Install a distribution of one module into a folder; returns the module's name, which entries write as `@`."""
-    module = f"tiny_plugin_{next(COUNTER)}"
+    module = f"tiny_plugin_{next(COUNTER)}_{uuid.uuid4().hex[:8]}"  # other files install too
     (folder / f"{module}.py").write_text(textwrap.dedent(source))
     info = folder / f"{distribution.replace('-', '_')}-0.3.dist-info"
     info.mkdir()
