@@ -63,10 +63,11 @@ def tiny_experience(
     """A batch of offline data, or a whole collection of rollouts before `prepare`.
 
     Args:
-        data: which fields there are beside tokens, mask and loss_mask. `pairs`: group, rank, margin; `rankings`
-            (of two to four answers, with ties): group, rank; `ratings`: group, rating; `unpaired`: group, label,
-            mismatched (each prompt also with another row's completion); `prompts`: row, group, ended, scores, rewards.
-        needs: what the objective needs; decides about old_logps, rollout_logps, ref_logps and values of `prompts`.
+        data: which fields there are beside tokens, mask and loss_mask. All but `demonstrations` have group and row;
+            `pairs`: rank, margin; `rankings` (of two to four answers, with ties): rank; `ratings`: rating; `unpaired`:
+            label, mismatched (after all rows each prompt once more with another row's completion); `prompts`: ended,
+            scores, rewards, and what is needed of old_logps, rollout_logps, ref_logps and values.
+        needs: what the objective needs.
         num_prompts: prompts, each with as many answers as `data` has.
         completions_per_prompt: of `prompts`; a tuple gives each prompt its own number, in turn.
         seed: of everything.
@@ -76,6 +77,8 @@ def tiny_experience(
     generator = torch.Generator().manual_seed(seed)
     sizes = _group_sizes(data, num_prompts, completions_per_prompt)
     group = torch.repeat_interleave(torch.arange(num_prompts), torch.tensor(sizes))
+    if data == "unpaired":
+        group = torch.arange(num_prompts).repeat(2)
     experience = _rows(group, generator)
     num_rows = len(group)
 
@@ -83,7 +86,7 @@ def tiny_experience(
         return torch.randn(*shape, generator=generator, dtype=dtype)
 
     if data != "demonstrations":
-        experience["group"] = group
+        experience["group"], experience["row"] = group, torch.arange(num_rows)
     if data == "pairs":
         experience["rank"] = torch.arange(num_rows) % 2
         experience["margin"] = normal(num_rows).abs().repeat_interleave(2)[:num_rows]
@@ -93,10 +96,11 @@ def tiny_experience(
     elif data == "ratings":
         experience["rating"] = normal(num_rows)
     elif data == "unpaired":
-        experience["label"] = torch.arange(num_rows) // 2 % 2 == 0
-        experience["mismatched"] = torch.arange(num_rows) % 2 == 1
+        other = experience["mismatched"] = experience["row"] >= num_prompts
+        experience["label"] = (group % 2 == 0) & ~other
+        experience["group"] = torch.where(other, -1 - group, group)
+        experience["row"] = torch.where(other, -1, experience["row"])
     elif data == "prompts":
-        experience["row"] = torch.arange(num_rows)
         experience["ended"] = torch.arange(num_rows) % 3 != 1
         experience["rewards"] = {"first": normal(num_rows), "second": normal(num_rows)}
         experience["scores"] = experience["rewards"]["first"] + 0.5 * experience["rewards"]["second"]

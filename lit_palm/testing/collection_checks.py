@@ -126,10 +126,9 @@ class CollectionChecks(Subject):
         made = self.make(objective)
         self.samples(made)
         if not made.grouped:
-            sizes = (self.completions_per_prompt, max(1, self.completions_per_prompt // 2))
-            self._prepares(
-                objective, f"prompts with {sizes[0]} and {sizes[1]} completions", completions_per_prompt=sizes
-            )
+            size = max(self.completions_per_prompt, 2)
+            what = f"prompts with {size} and {size - 1} completions"
+            self._prepares(objective, what, num_prompts=3, completions_per_prompt=(size, size - 1))
             with suppress(ValueError):
                 made.num_kept(4, 1)  # refuses, if it cannot work with one
                 self._prepares(objective, "one completion a prompt", completions_per_prompt=1)

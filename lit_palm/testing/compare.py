@@ -14,7 +14,19 @@ from lit_palm.objectives.base import Objective
 from lit_palm.testing.batches import LEAVES
 from lit_palm.types import Experience, Loss, Output
 
-__all__ = ["Evaluation", "alike", "cut", "evaluate", "garbled", "nested_alike", "widened"]
+__all__ = [
+    "Evaluation",
+    "alike",
+    "cut",
+    "evaluate",
+    "garbled",
+    "nested_alike",
+    "partitions",
+    "transformed",
+    "widened",
+    "with_filler",
+    "with_filler_output",
+]
 
 # The batches are float64, where another order of sums shows at 1e-15. An objective may compute in float32 where it
 # likes (1e-7); the defects looked for are larger than a hundredth.
@@ -178,3 +190,38 @@ def transformed(output: Output, change: Callable[[Tensor], Tensor]) -> Output:
             new = change(value.detach().clone()) if value.dim() == 2 else value.detach().clone()
             changed[place.name] = new.requires_grad_(value.requires_grad)
     return Output(**changed)
+
+
+def partitions(objective: Objective, experience: Experience) -> list[list[Tensor]]:
+    """Ways to cut a batch into micro-batches: each unit alone, one against the rest, halves in another order."""
+    rows = torch.arange(experience.num_rows)
+    units = [rows[i : i + 1] for i in rows.tolist()]
+    if objective.grouped:
+        units = [rows[experience["group"] == g] for g in experience["group"].unique()]
+    half = len(units) // 2
+    cuts = [units, [units[0], torch.cat(units[1:])], [torch.cat(units[half:]), torch.cat(units[:half])]]
+    return cuts if len(units) > 1 else [[rows]]
+
+
+def with_filler(experience: Experience) -> Experience:
+    """One more row, alone in its group, with nothing to learn from."""
+    filled = Experience()
+    for name, value in experience.items():
+        if isinstance(value, Tensor):
+            filled[name] = torch.cat([value, value[:1]])
+        elif isinstance(value, list):
+            filled[name] = [*value, *value[:1]]
+    filled["loss_mask"][-1] = False
+    if "group" in filled:
+        filled["group"][-1], filled["row"][-1] = filled["group"].max() + 1, -1
+    return filled
+
+
+def with_filler_output(output: Output) -> Output:
+    """The networks' output for one more row, whose per-token fields are zero outside its (empty) `loss_mask`."""
+    more = {}
+    for name, value in vars(output).items():
+        if value is not None:
+            row = torch.zeros_like(value[:1]) if value.dim() == 2 else value[:1]
+            more[name] = torch.cat([value, row]).detach().requires_grad_(value.requires_grad)
+    return Output(**more)

@@ -31,8 +31,9 @@ from lit_palm.testing.subject import Factory, Subject, class_and_arguments, clas
 
 __all__ = ["ObjectiveChecks", "ObjectiveConformance", "ObjectiveRuns"]
 
-# float32 sums in another order, relative to how far training moved the weights; measured: up to 2e-6 after 4 to 6 steps
-SAME_STEP = 1e-4
+# float32 sums in another order, relative to how far training moved the weights. Measured over all objectives, also of
+# plugins/: 4e-5 at most, where weights of size 1 moved by 0.003. Defects are at least some hundredths.
+SAME_STEP = 1e-3
 
 
 class ObjectiveChecks(LossChecks, CollectionChecks, PackageChecks):
