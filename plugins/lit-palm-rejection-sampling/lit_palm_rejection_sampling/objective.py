@@ -97,7 +97,7 @@ class RejectionSampling(Objective):
         most = self.most_of_a_prompt
         if self.keep in ("best", "top_k") and most is not None and completions <= most:
             raise ValueError(
-                f"{type(self).__name__} would keep {most} of {completions} completions a prompt, which selects nothing: "
+                f"{type(self).__name__} would keep {most} of {completions} completions a prompt and select nothing: "
                 "raise rollout.completions_per_prompt (8 is usual)"
             )
         return num_prompts * (completions if most is None else min(most, completions))

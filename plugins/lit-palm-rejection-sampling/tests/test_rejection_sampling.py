@@ -182,7 +182,7 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], named: str) -> None:
 
 
 def test_keeping_everything_is_no_selection() -> None:
-    with pytest.raises(ValueError, match=r"selects nothing: raise rollout\.completions_per_prompt"):
+    with pytest.raises(ValueError, match=r"select nothing: raise rollout\.completions_per_prompt"):
         RejectionSampling().num_kept(8, 1)
     assert RejectionSampling("top_k", top_k=3).num_kept(8, 4) == 24
     assert RejectionSampling("threshold").num_kept(8, 4) == 32
