@@ -82,8 +82,7 @@ class KTO(Objective):
         if self.loss_name == "kto" and bool(rows.any()) and not bool(others.any()):
             raise ValueError(
                 "KTO estimates the divergence from the reference on answers to other prompts, and this batch has none: "
-                "set data.mismatched: true (and a data.batch_size above 1), or the objective's loss to "
-                "apo_zero_unpaired"
+                "set data.mismatched: true, or the objective's loss to apo_zero_unpaired"
             )
         return rows, others
 
@@ -107,7 +106,8 @@ class KTO(Objective):
         per_row = formulas.kto(self.beta * ratio, self.beta * kl, wanted)
         per_row = torch.where(wanted, self.desirable_weight * per_row, self.undesirable_weight * per_row)
         metrics = self._metrics(logps.detach(), ratio.detach(), rows & wanted, rows & ~wanted)
-        metrics["kl"] = (kl, rows.any().long())
+        if self.loss_name == "kto":
+            metrics["kl"] = (kl, rows.any().long())
         return Loss(torch.where(rows, per_row, 0).sum(), metrics)
 
     def _metrics(self, logps: Tensor, ratio: Tensor, wanted: Tensor, unwanted: Tensor) -> Metrics:

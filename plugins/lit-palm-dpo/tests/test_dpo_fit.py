@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lit_palm_dpo import CPO, DPO, ORPO, OnlineDPO, SimPO
+from lit_palm_dpo import CPO, DPO, KTO, ORPO, OnlineDPO, SimPO
 
 from lit_palm import LitPolicy, Objective, PaLMConfig, PreferenceData, PromptData, PythonReward, RolloutConfig, Sampling
+from lit_palm.modules.reference import ReferenceUpdate
 
 PAIRS = [
     {"prompt": "the cat", "chosen": " sat", "rejected": " flew away"},
@@ -94,6 +95,41 @@ def test_accumulation_takes_the_step_of_a_large_batch_with_both_terms(tmp_path: 
     large, small = weights(8, 1), weights(2, 4)
     torch.testing.assert_close(small, large, rtol=1e-4, atol=1e-5)
     assert (large - weights(2, 1)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
+def test_unpaired_feedback_is_learned(loss: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": p["prompt"], "completion": p[kind], "label": kind == "chosen"} for p in PAIRS for kind in p if kind != "prompt"]  # noqa: E501  # fmt: skip
+    path = write(tmp_path / "feedback.jsonl", rows)
+    data = PreferenceData(train=path, validation=path, tokenizer="bytes", batch_size=4, mismatched=loss == "kto")
+    run = trainer(tmp_path, max_epochs=40, gradient_clip_val=1.0)
+    run.fit(policy(KTO(loss=loss)), datamodule=data)
+    metrics = run.callback_metrics
+    assert metrics["rewards/chosen"] > 0.05 > -0.05 > metrics["rewards/rejected"]
+    assert metrics["val/rewards/margins"] > 0.1 and metrics["loss"] < 0.49
+    assert ("val/kl" in metrics) == (loss == "kto")
+
+
+def test_kto_names_the_way_out_where_nothing_is_mismatched(tmp_path: Path) -> None:
+    path = write(tmp_path / "feedback.jsonl", [{"prompt": "a", "completion": x, "label": x == "b"} for x in "bc"])
+    with pytest.raises(ValueError, match=r"data\.mismatched: true"):
+        trainer(tmp_path, max_epochs=1).fit(policy(KTO()), datamodule=PreferenceData(train=path, tokenizer="bytes"))
+
+
+@pytest.mark.parametrize("options", [{"precompute_reference": True}, {"reference_update": ReferenceUpdate(0.5, 1)}])
+def test_references_of_another_kind(options: dict[str, Any], tmp_path: Path) -> None:
+    """One known in advance takes the same steps; one that follows the policy, half the way each step, is nearer."""
+    path = write(tmp_path / "pairs.jsonl", PAIRS)
+    found = []
+    for more in ({}, options):
+        data = PreferenceData(train=path, validation=path, tokenizer="bytes", batch_size=2)
+        run = trainer(tmp_path, max_epochs=20)
+        run.fit(policy(DPO(), **more), datamodule=data)
+        found.append({k: v.item() for k, v in run.callback_metrics.items() if k.startswith(("rewards/", "logps/"))})
+    if "precompute_reference" in options:
+        assert found[1] == pytest.approx(found[0], rel=1e-3, abs=1e-5)
+    else:
+        assert 0 < found[1]["rewards/margins"] < found[0]["rewards/margins"] / 2
 
 
 def lower_case(completions: list[str]) -> list[float]:
