@@ -9,14 +9,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from lit_palm.objectives.base import Objective
 from lit_palm.testing.batches import LEAVES
 from lit_palm.types import Experience, Loss, Output
 
 __all__ = [
+    "Elsewhere",
     "Evaluation",
     "alike",
+    "as_terms",
+    "call_loss",
     "cut",
     "evaluate",
     "garbled",
@@ -31,6 +35,11 @@ __all__ = [
 # The batches are float64, where another order of sums shows at 1e-15. An objective may compute in float32 where it
 # likes (1e-7); the defects looked for are larger than a hundredth.
 TOLERANCE = 1e-6
+
+MAKERS = {
+    torch.arange, torch.as_tensor, torch.empty, torch.eye, torch.full, torch.linspace, torch.logspace, torch.ones,
+    torch.rand, torch.randint, torch.randn, torch.randperm, torch.tensor, torch.zeros,
+}  # fmt: skip
 
 
 @dataclass
@@ -153,7 +162,22 @@ def nested_alike(one: Any, other: Any, tolerance: float = TOLERANCE) -> bool:
         return len(one) == len(other) and all(nested_alike(a, b, tolerance) for a, b in zip(one, other, strict=True))
     if isinstance(one, float) and isinstance(other, float) and tolerance:
         return alike(torch.tensor(one), torch.tensor(other), tolerance)
+    if type(one) is type(other) and type(one).__eq__ is object.__eq__ and hasattr(one, "__dict__"):
+        return nested_alike(vars(one), vars(other), tolerance)
     return bool(one == other)
+
+
+class Elsewhere(TorchFunctionMode):
+    """Within it, tensors that are made without naming a device are on another one than all others.
+
+    That is what happens on a GPU; here the device without data, `meta`, stands for the one that nobody asked for.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in MAKERS and kwargs.get("device") is None and not isinstance(next(iter(args), None), Tensor):
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
 
 
 # ------------------------------------------------------------------------------------------ padding and filling

@@ -53,6 +53,8 @@ rollout: {num_prompts: 8, passes: 1}
 """)
 # a fresh network writes any byte: about one in four of these ends a completion
 STOP = list(string.ascii_uppercase + string.digits + string.punctuation)
+LAUNCHERS = ("SLURM_", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
+"""Variables that would make another process think that it was started as one of several."""
 MODULES: dict[str, type] = {"language_model": LitLanguageModel, "reward": LitRewardModel, "policy": LitPolicy}
 ROWS = 4
 """Elements of one optimiser step of offline data."""
@@ -287,7 +289,7 @@ def command(arguments: Sequence[str], cls: type, timeout: float = 300) -> str:
     """
     module = sys.modules[cls.__module__]
     home = Path(module.__file__ or ".").resolve().parents[cls.__module__.count(".")]
-    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "MASTER_PORT")}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS)}
     environment["PYTHONPATH"] = os.pathsep.join([str(home), *(p for p in sys.path if p)])
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     process = subprocess.Popen(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from fnmatch import fnmatch
 
@@ -12,8 +13,11 @@ from torch import Tensor
 from lit_palm.objectives.base import Objective
 from lit_palm.testing.batches import tiny_output
 from lit_palm.testing.compare import (
+    Elsewhere,
     Evaluation,
     alike,
+    as_terms,
+    call_loss,
     evaluate,
     garbled,
     nested_alike,
@@ -90,9 +94,10 @@ class LossChecks(Subject):
                 )
 
     def test_loss_is_a_function_of_its_arguments(self, objective: Factory) -> None:
-        """The same batch gives the same loss, whatever random numbers were drawn before.
+        """The same batch gives the same loss, whatever random numbers were drawn before, and however often it is asked.
 
-        When it fails, runs cannot be repeated or resumed: draw nothing in `loss`, `weight` or `prepare`.
+        When it fails, runs cannot be repeated or resumed, or validation changes what is learned: draw nothing, and
+        remember nothing in `loss` and `weight` (that is what `prepare` and `after_step` are for).
         """
         found = []
         with torch.random.fork_rng(devices=[]):
@@ -104,6 +109,37 @@ class LossChecks(Subject):
             assert nested_alike(getattr(found[0], field), getattr(found[1], field), 0), (
                 f"two fresh objectives give other {field} for the same batch: the loss draws random numbers"
             )
+        made = self.make(objective)
+        experience, output = self.batch(made)
+        state = copy.deepcopy(made.state_dict())
+        first = evaluate(made, experience, output)
+        assert nested_alike(state, made.state_dict(), 0) and nested_alike(
+            first.totals, evaluate(made, experience, output).totals, 0
+        ), (
+            "loss() or weight() changed the objective: validation calls them too, and micro-batches are counted as "
+            "steps. Update what is carried along in prepare() (rollouts), or in after_step() by metrics in `watches`"
+        )
+
+    def test_follows_its_batch_to_any_device(self, objective: Factory) -> None:
+        """Every tensor that `loss` and `weight` make is made where the batch is.
+
+        When it fails, training on a GPU stops with tensors on two devices: pass `device=experience["tokens"].device`.
+        """
+        made = self.make(objective)
+        experience, output = self.batch(made)
+        what = "a tensor is made without a device: pass device=experience['tokens'].device (or use new_zeros and so on)"
+        device = experience["tokens"].device
+        with Elsewhere():
+            try:
+                loss, weight = call_loss(made, output, experience), as_terms(made.weight(experience), "weight()")
+            except (RuntimeError, NotImplementedError) as error:
+                raise AssertionError(f"{what} ({str(error).splitlines()[0]})") from error
+        found = {f"the weight {name}": value for name, value in weight.items()}
+        found |= {f"the loss {name}": value for name, value in as_terms(loss.total, "Loss.total").items()}
+        for name, (value, count) in loss.metrics.items():
+            found |= {f"the sum of metric {name!r}": value, f"the count of metric {name!r}": count}
+        for name, tensor in found.items():
+            assert tensor.device == device, f"{name} is not where the batch is: {what}"
 
     # ------------------------------------------------------------------ what must not matter
 

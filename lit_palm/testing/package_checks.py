@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import typing
-from typing import Any
+from typing import Any, get_args
 
 import docstring_parser
 import pytest
 from jsonargparse import ArgumentParser
 
-from lit_palm.objectives.base import Objective
+from lit_palm.objectives.base import Kind, Need, Objective
 from lit_palm.plugins import PluginError, check_class, load
 from lit_palm.testing.subject import (
     GROUP,
@@ -85,6 +85,18 @@ class PackageChecks(Subject):
                 f"read back from YAML, {cls.__name__}.{name} is {getattr(made, name, None)!r} instead of {value!r}: "
                 "annotate the argument with the type it is used as"
             )
+
+    def test_declares_what_there_is(self, objective: Factory) -> None:
+        """`kind` and `needs` name what the host knows.
+
+        When it fails, a misspelt need is never met.
+        """
+        made = self.make(objective)
+        assert made.kind in get_args(Kind), f"kind is {made.kind!r}: choose one of {', '.join(get_args(Kind))}"
+        unknown = set(made.needs) - set(get_args(Need))
+        assert not unknown, f"needs names {', '.join(sorted(unknown))}; there are {', '.join(get_args(Need))}"
+        for name in ("grouped", "coupled"):
+            assert isinstance(getattr(made, name), bool), f"{name} must be True or False, a value or a property"
 
     def test_states_its_api_version(self, objective: Factory) -> None:
         """The class states, as a literal, the version of the interface that it was written for.

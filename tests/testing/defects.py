@@ -34,6 +34,11 @@ def total(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0).sum()
 
 
+def as_count(rows: Tensor) -> Tensor:
+    """The number of rows, where they are."""
+    return torch.tensor(len(rows), device=rows.device)
+
+
 # ------------------------------------------------------------------------------------------ sound ones
 
 
@@ -125,7 +130,7 @@ class Preference(Objective):
         return frozenset({"reference"})
 
     def weight(self, experience: Experience) -> Tensor | dict[str, Tensor]:
-        return torch.tensor(len(pairs_of_rankings(experience)[0]))
+        return as_count(pairs_of_rankings(experience)[0])
 
     def rewards(self, output: Output, experience: Experience) -> Tensor:
         mask = experience["loss_mask"]
@@ -135,8 +140,7 @@ class Preference(Objective):
         rewards = self.rewards(output, experience)
         better, worse, _ = pairs_of_rankings(experience)
         margins = rewards[better] - rewards[worse]
-        count = torch.tensor(len(better))
-        return Loss(logistic_loss(margins).sum(), {"rewards/margins": (margins.detach().sum(), count)})
+        return Loss(logistic_loss(margins).sum(), {"rewards/margins": (margins.detach().sum(), as_count(better))})
 
 
 class TwoTerms(Preference):
@@ -148,7 +152,7 @@ class TwoTerms(Preference):
 
     def weight(self, experience: Experience) -> dict[str, Tensor]:
         best = pairs_of_rankings(experience)[0]
-        return {"pairs": torch.tensor(len(best)), "tokens": experience["loss_mask"][best].sum()}
+        return {"pairs": as_count(best), "tokens": experience["loss_mask"][best].sum()}
 
     def loss(self, output: Output, experience: Experience) -> Loss:
         best = pairs_of_rankings(experience)[0]
@@ -203,7 +207,7 @@ class MinibatchesNotCounted(Surrogate):
     """The number of micro-batches is ignored: each has the weight 1."""
 
     def weight(self, experience: Experience) -> Tensor:
-        return torch.tensor(1.0)
+        return experience["loss_mask"].any().new_ones(())
 
 
 @caught_by("loss_and_weight_are_sums")
@@ -273,7 +277,7 @@ class CountsFillers(Objective):
     kind = "reward"
 
     def weight(self, experience: Experience) -> Tensor:
-        return torch.tensor(experience.num_rows)
+        return as_count(experience["tokens"])
 
     def loss(self, output: Output, experience: Experience) -> Loss:
         error = F.mse_loss(output.scores, experience["rating"], reduction="none")
@@ -302,6 +306,41 @@ class MeanOfNoTokens(Surrogate):
         mask = experience["loss_mask"]
         apart = torch.where(mask, output.logps - experience["ref_logps"], 0).square().sum(1)
         return (apart / mask.sum(1)).sum()
+
+
+@caught_by("follows_its_batch_to_any_device")
+class MadeOnTheHost(Preference):
+    """Counts where nobody asked for a device."""
+
+    def weight(self, experience: Experience) -> Tensor:
+        return torch.tensor(len(pairs_of_rankings(experience)[0]))
+
+
+@caught_by("follows_its_batch_to_any_device")
+class IndexedOnTheHost(Preference):
+    """Weighs tokens by their place, with an index that is on another device."""
+
+    def rewards(self, output: Output, experience: Experience) -> Tensor:
+        mask = experience["loss_mask"]
+        place = (mask.cumsum(1) - 1).clamp(min=0)
+        weights = torch.linspace(1, 0.5, 64)[place]
+        return self.beta * torch.where(mask, weights * (output.logps - output.ref_logps), 0).sum(1)
+
+
+@caught_by(
+    "loss_is_a_function_of_its_arguments",
+    "loss_and_weight_are_sums",
+    "filler_rows_count_for_nothing",
+    "state_goes_on",
+)
+class CountsCalls(Preference):
+    """Anneals with every call of the loss, of which validation makes some too."""
+
+    calls = 0
+
+    def rewards(self, output: Output, experience: Experience) -> Tensor:
+        self.calls += 1
+        return super().rewards(output, experience) * 0.9**self.calls
 
 
 # ------------------------------------------------------------------------------------------ numbers at the edge
@@ -567,6 +606,15 @@ class WrongType(Preference):
         super().__init__(beta)
 
     arguments: ClassVar[dict[str, Any]] = {"beta": 0.3}
+
+
+@caught_by("declares_what_there_is")
+class Misspelt(Preference):
+    """Needs what nobody has."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"reference", "entropies"})  # type: ignore[arg-type]
 
 
 def inside() -> type[Objective]:
