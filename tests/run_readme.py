@@ -31,7 +31,7 @@ def readme_commands(text: str) -> list[str]:
 
 def who_runs(command: str) -> str:
     """`ci`, `demo`, `elsewhere` (a cluster or a screen) or `here`."""
-    from lit_palm.demo.run import addition_recipe, ratings_recipe
+    from lit_palm.demo.run import addition_recipe, plugin_rows, ratings_recipe
 
     bare, _, comment = command.partition(" #")
     bare = bare.strip()
@@ -43,7 +43,8 @@ def who_runs(command: str) -> str:
         known = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert bare.split()[1] in known, f"README names a make target that does not exist: {bare}"
         return "ci"
-    recipes = [shlex.join(c) for recipe in (ratings_recipe(), addition_recipe()) for _, c in recipe]
+    rows = sorted(plugin_rows() + plugin_rows(installed=False))
+    recipes = [shlex.join(c) for recipe in (ratings_recipe(rows), addition_recipe()) for _, c in recipe]
     return "demo" if shlex.join(shlex.split(bare)) in recipes else "here"
 
 

@@ -13,6 +13,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import pytest
 import yaml
 
 from lit_palm import cli
-from lit_palm.demo.run import addition_recipe, ratings_recipe
+from lit_palm.demo.run import addition_recipe, plugin_rows, ratings_recipe
 from lit_palm.models.palm import PRESETS, PaLMConfig
 from lit_palm.plugins import plugin_table
 from tests.modules import test_logged_names as logged
@@ -58,7 +59,8 @@ def test_every_command_is_run_by_somebody(command: str) -> None:
 
 def test_the_recipes_are_shown_whole() -> None:
     shown = [shlex.join(shlex.split(command, comments=True)) for command in COMMANDS]
-    recipes = [shlex.join(command) for recipe in (ratings_recipe(), addition_recipe()) for _, command in recipe]
+    rows = sorted(plugin_rows() + plugin_rows(installed=False))
+    recipes = [shlex.join(command) for recipe in (ratings_recipe(rows), addition_recipe()) for _, command in recipe]
     places = [shown.index(command) for command in recipes]
     assert places == sorted(places), "and in their order"
 
@@ -162,7 +164,14 @@ def test_plugins_are_those_of_a_real_listing() -> None:
     assert shown
     lines = [line.split() for line in shown.group(1).splitlines()]
     real = [[p.name, p.kind, p.distribution, p.version, str(p.api), p.health] for p in plugin_table()]
-    assert lines[1:] == [line for line in real if line[2] == "lit_palm"]
+    assert [line for line in lines[1:] if line[2] == "lit_palm"] == [line for line in real if line[2] == "lit_palm"]
+    packages = [tomllib.loads(path.read_text())["project"] for path in sorted(ROOT.glob("plugins/*/pyproject.toml"))]
+    brought = {
+        (name, package["name"], package["version"])
+        for package in packages
+        for name in package["entry-points"]["lit_palm.objectives"]
+    }
+    assert {(line[0], *line[2:4]) for line in lines[1:] if line[2] != "lit_palm"} == brought
 
 
 def test_links_and_files_exist() -> None:
@@ -171,7 +180,7 @@ def test_links_and_files_exist() -> None:
     for target in re.findall(r"\]\(([^)]+)\)", README):
         assert target[1:] in anchors if target.startswith("#") else (ROOT / target).exists(), target
     for path in re.findall(r"\b(?:configs|lit_palm|tests)/[\w./-]*[\w/]", README):
-        assert (ROOT / path).exists(), path
+        assert "NAME" in path or (ROOT / path).exists(), path
     for name in [*STAGES, *(f"palm/{s}" for s in SIZES), *(f"strategy/{s}" for s in STRATEGIES)]:
         assert f"configs/{name}.yaml" in README, f"configs/{name}.yaml is not in the README"
     assert README.index("<!-- demo-output -->") < README.index("<!-- /demo-output -->")
