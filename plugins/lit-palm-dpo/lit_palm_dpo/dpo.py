@@ -1,6 +1,6 @@
 """Direct preference optimisation (Rafailov et al. 2023) with the losses that have grown around it.
 
-lit-palm fit --config configs/dpo.yaml --model.objective.losses=[sigmoid,sft] --model.objective.loss_weights=[1,0.3]
+lit-palm fit --config plugins/lit-palm-dpo/configs/dpo.yaml --model.objective.losses=[sigmoid,sft]
 """
 
 from __future__ import annotations

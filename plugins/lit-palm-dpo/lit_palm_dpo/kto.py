@@ -1,6 +1,6 @@
 """Learning from single answers that people wanted or did not want (Ethayarajh et al. 2024).
 
-lit-palm fit --config configs/kto.yaml --data.train=my_feedback.jsonl
+lit-palm fit --config plugins/lit-palm-dpo/configs/kto.yaml --data.train=my_feedback.jsonl
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """DPO on pairs that the policy samples itself and a reward judges: best against worst of several completions.
 
-lit-palm fit --config configs/online-dpo.yaml --data.train=my_prompts.jsonl
+lit-palm fit --config plugins/lit-palm-dpo/configs/online-dpo.yaml --data.train=my_prompts.jsonl
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Preference objectives that need no reference: SimPO, ORPO and CPO.
 
-lit-palm fit --config configs/dpo.yaml --model.objective=SimPO --model.objective.gamma=1.0
+lit-palm fit --config plugins/lit-palm-dpo/configs/dpo.yaml --model.objective=SimPO --model.objective.beta=2
 """
 
 from __future__ import annotations
