@@ -54,7 +54,7 @@ NO_LIGHTNING = (
     "lit_palm/rollout/sampling.py",
     "lit_palm/rollout/advantages.py",
     "lit_palm/rollout/engine.py",
-    "lit_palm/rollout/rewards.py",
+    "lit_palm/rollout/rewards/",
 )
 
 DEVICE_NAMES = re.compile(r"^(cuda|mps|xpu|hpu|tpu|xla|cpu)(:\d+)?$")

@@ -179,7 +179,7 @@ def test_links_and_files_exist() -> None:
     anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
     for target in re.findall(r"\]\(([^)]+)\)", README):
         assert target[1:] in anchors if target.startswith("#") else (ROOT / target).exists(), target
-    for path in re.findall(r"\b(?:configs|lit_palm|tests)/[\w./-]*[\w/]", README):
+    for path in re.findall(r"(?<![\w/-])(?:configs|lit_palm|plugins|tests)/[\w./-]*[\w/]", README):
         assert "NAME" in path or (ROOT / path).exists(), path
     for name in [*STAGES, *(f"palm/{s}" for s in SIZES), *(f"strategy/{s}" for s in STRATEGIES)]:
         assert f"configs/{name}.yaml" in README, f"configs/{name}.yaml is not in the README"
