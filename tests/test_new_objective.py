@@ -254,14 +254,15 @@ def moved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_installed_wheels_train_and_pass_their_tests(moved: Path) -> None:
     """Both in one process, which imports torch once, outside the repository; the slow form leaves out nothing."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not two_processes and not command_line"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["-k", "not two_processes and not command_line"]
     folders = [f"lit-palm-tiny-{kind}/tests" for kind in KINDS]
     out = shell(*command, *folders, cwd=moved, PYTHONPATH=f"{moved / 'site'}{os.pathsep}{ROOT}")
     assert int(re.findall(r"(\d+) passed", out)[0]) >= 40 and "failed" not in out
 
 
 def test_its_arguments_are_typed_and_documented(moved: Path) -> None:
-    """In one process, since the parser takes seconds to build: a run, its configuration, and the two kinds of help."""
+    """In one process, which imports torch once: the listing, and the two kinds of help."""
     code = """
         import sys
         from lit_palm.cli import main
