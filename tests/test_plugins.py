@@ -423,6 +423,7 @@ def test_explain_completes_the_parsers_error(site: Path) -> None:
         return plugins.explain(str(caught.value))
 
     assert "unknown objective 'PPOO'; did you mean PPO?" in complaint("PPOO")
+    assert "unknown objective 'PythonReward': that is a kind of reward" in complaint("PythonReward")
     assert "tiny-late 0.3) is refused: it was written for API_VERSION 7" in complaint("TinyLate")
     assert "tiny-gone 0.3) is broken: ModuleNotFoundError" in complaint("TinyGone")
     assert complaint('{"class_path": "PPO", "init_args": {"no_such_argument": 1}}') == ""

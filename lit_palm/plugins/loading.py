@@ -135,7 +135,10 @@ def unknown_message(group: str, name: str) -> str:
     healthy = [plugin for plugin in known if plugin.health == "healthy"]
     others = {plugin.name.lower(): plugin.name for plugin in known}
     near = difflib.get_close_matches(name.lower(), others, n=1)
-    lines = [f"unknown {kind} {name!r}" + (f"; did you mean {others[near[0]]}?" if near else "")]
+    elsewhere = next((plugin for plugin in discover() if plugin.name == name), None)
+    hint = f"; did you mean {others[near[0]]}?" if near else ""
+    hint = f": that is a kind of {elsewhere.kind}" if elsewhere else hint
+    lines = [f"unknown {kind} {name!r}{hint}"]
     lines.append(f"installed: {', '.join(f'{plugin.name} ({plugin.source})' for plugin in healthy) or 'none'}")
     unusable = [plugin for plugin in known if plugin.health != "healthy"]
     return "\n".join([*lines, *(f"not usable: {problem}" for problem in _problems(unusable))])
@@ -156,9 +159,10 @@ def explain(message: str) -> str:
     if asked is None:
         return ""
     name = asked.rpartition(".")[2]
-    if any(plugin.name == name and check(plugin) is not None for plugin in discover()):
-        return ""  # the class is fine, its arguments are not
     parts = [part.removesuffix("s") for part in key.group(1).split(".")] if key else []
     by_key = [group for group, (kind, _) in GROUPS.items() if kind in parts]
-    by_name = [plugin.group for plugin in discover() if plugin.name == name and plugin.group in GROUPS]
-    return "\n".join(unknown_message(group, name) for group in dict.fromkeys(by_key or by_name))
+    same = [plugin for plugin in discover() if plugin.name == name and plugin.group in GROUPS]
+    if any(check(plugin) is not None for plugin in same if not by_key or plugin.group in by_key):
+        return ""  # the class is fine, its arguments are not
+    groups = by_key or [plugin.group for plugin in same]
+    return "\n".join(unknown_message(group, name) for group in dict.fromkeys(groups))
