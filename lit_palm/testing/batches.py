@@ -31,6 +31,9 @@ DataKind = Literal["pairs", "rankings", "ratings", "demonstrations", "unpaired",
 LEAVES = ("logps", "entropy", "log_z", "values", "scores")
 """Fields of an output that come from trained networks, and so carry gradients."""
 
+LARGEST = -1e-2
+"""Log-probability of the likeliest token: none is certain."""
+
 
 def natural_data(objective: Objective) -> DataKind:
     """What an objective most likely learns from, by what it declares."""
@@ -121,7 +124,7 @@ def _rows(group: Tensor, generator: torch.Generator) -> Experience:
     """tokens, mask, loss_mask of ragged rows; rows of a group share their prompt."""
     num_rows = len(group)
     prompts = torch.randint(2, 6, (int(group.max()) + 1,), generator=generator)[group]
-    lengths = prompts + torch.randint(1, 7, (num_rows,), generator=generator)
+    lengths = prompts + 1 + torch.randperm(num_rows, generator=generator) % 6  # of one token, too
     place = torch.arange(int(lengths.max()))[None]
     mask, completion = place < lengths[:, None], place >= prompts[:, None]
     by_prompt = torch.randint(1, 256, (int(group.max()) + 1, place.shape[1]), generator=generator)[group]
@@ -143,8 +146,8 @@ def _annotate(experience: Experience, needs: frozenset[str], generator: torch.Ge
     old = -torch.rand(mask.shape, generator=generator, dtype=dtype) * 3 - 0.1
     for need, name, values in (
         ("old_logps", "old_logps", old),
-        ("rollout_logps", "rollout_logps", old + 0.02 * normal()),
-        ("reference", "ref_logps", old + 0.3 * normal()),
+        ("rollout_logps", "rollout_logps", (old + 0.02 * normal()).clamp(max=LARGEST)),
+        ("reference", "ref_logps", (old + 0.3 * normal()).clamp(max=LARGEST)),
         ("value", "values", normal()),
     ):
         if need in needs:
@@ -176,7 +179,7 @@ def tiny_output(objective: Objective, experience: Experience, *, seed: int = 0) 
     else:
         output.logps = -torch.rand(mask.shape, generator=generator, dtype=dtype) * 3 - 0.1
         if "old_logps" in experience:
-            output.logps = experience["old_logps"] + 0.2 * normal(*mask.shape)
+            output.logps = (experience["old_logps"] + 0.2 * normal(*mask.shape)).clamp(max=LARGEST)
         if "log_z" in needs:
             output.log_z = normal(*mask.shape)
     if objective.kind == "policy":
@@ -188,7 +191,7 @@ def tiny_output(objective: Objective, experience: Experience, *, seed: int = 0) 
             if "values" in experience:
                 output.values = experience["values"] + 0.3 * output.values
         if "reference" in needs and "rollouts" not in needs:
-            output.ref_logps = torch.where(mask, output.logps + 0.3 * normal(*mask.shape), 0)
+            output.ref_logps = torch.where(mask, (output.logps + 0.3 * normal(*mask.shape)).clamp(max=LARGEST), 0)
     for name in LEAVES:
         value = getattr(output, name)
         if value is not None:
