@@ -100,7 +100,7 @@ def test_the_implied_reward_ranks_held_out_pairs_as_well_as_a_reward_model(
     truth = World(seed).write(tmp_path)
     torch.manual_seed(seed)
     network = PaLMConfig(d_model=32, num_layers=2, num_heads=2, head_dim=16, max_length=32)
-    run = trainer(4)
+    run = trainer(2)
     demonstrations = DemonstrationData(train=str(tmp_path / "demonstrations.jsonl"), tokenizer="bytes", batch_size=16)
     run.fit(LitLanguageModel(network, optimizer=adamw), datamodule=demonstrations)
     start = str(tmp_path / "start.ckpt")
