@@ -164,9 +164,7 @@ def test_later_files_win_and_lists_are_replaced_or_appended_to(lit_palm: Run, he
     assert [c["init_args"]["path"] for c in replaced["trainer"]["callbacks"]] == ["a.json"]
 
 
-def test_environment_variables_come_before_files_and_flags(
-    lit_palm: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_environment_variables_come_before_files_and_flags(lit_palm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIT_PALM_FIT__TRAINER__MAX_EPOCHS", "5")
     monkeypatch.setenv("LIT_PALM_FIT__TRAINER__MAX_STEPS", "11")
     config = printed(lit_palm, "fit", "--config", "lm.yaml")
@@ -447,6 +445,7 @@ def test_other_mistakes(lit_palm: Run) -> None:
 
 def test_a_defect_of_ours_keeps_its_traceback(lit_palm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what was raised for the user is shortened; LIT_PALM_TRACEBACK=1 shows where that was, too."""
+
     def broken(*arguments: Any) -> None:
         raise KeyError("surprise")
 
