@@ -40,7 +40,7 @@ test: install
 	$(PYTEST)
 
 test-plugins: install-plugins
-	$(PYTEST) $(PACKAGES:%=%/tests)
+	$(PYTEST) $(PACKAGES:%=%/tests) tests/benchmarks/test_alignment.py
 
 check: install
 	$(BIN)/ruff check .

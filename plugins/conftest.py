@@ -1,4 +1,4 @@
-"""For the tests of every package: threads that wait sleep, as they do under `lit-palm` (set before torch is imported)."""
+"""For the tests of every package: threads that wait sleep, as under `lit-palm` (set before torch is imported)."""
 
 import os
 

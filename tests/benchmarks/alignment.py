@@ -24,6 +24,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ class Clock(Callback):
 
     def seconds(self) -> float:
         """The median, without the first step, which warms up."""
-        return statistics.median(b - a for a, b in zip(self.times, self.times[1:], strict=False))
+        return statistics.median(b - a for a, b in pairwise(self.times))
 
 
 # ---------------------------------------------------------------- ours
@@ -170,7 +171,7 @@ def our_grpo(shape: Shape, precision: str, folder: Path) -> float:
 
 
 def llama(shape: Shape, folder: Path) -> Any:
-    """transformers' Llama of equal size: tied embeddings, one key/value head; TRL reads the reference from the folder."""
+    """transformers' Llama of equal size, tied embeddings, one key/value head; TRL reads the reference there."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -229,7 +230,7 @@ def timed(trainer: Any) -> float:
 
     trainer.add_callback(Steps())
     trainer.train()
-    return statistics.median(b - a for a, b in zip(times, times[1:], strict=False))
+    return statistics.median(b - a for a, b in pairwise(times))
 
 
 def trl_dpo(shape: Shape, precision: str, folder: Path) -> float:
