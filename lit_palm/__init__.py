@@ -5,7 +5,7 @@
 
     Trainer(max_epochs=1).fit(LitLanguageModel(PaLMConfig(d_model=128)), TextData(train="text.txt", tokenizer="bytes"))
 
-Names are imported on first use, so that `import lit_palm` costs nothing.
+Names are imported on first use, so that `import lit_palm` costs nothing. `__init__.pyi` tells type checkers of them.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ _HOMES = {
     "LitLanguageModel": "lit_palm.modules",
     "LitRewardModel": "lit_palm.modules",
     "LitPolicy": "lit_palm.modules",
+    "ReferenceUpdate": "lit_palm.modules",
     "load_network": "lit_palm.modules",
     "read_checkpoint": "lit_palm.modules",
 }

@@ -168,6 +168,22 @@ def project_files() -> list[Path]:
     return [path for name in listed.split("\0") if name and (path := ROOT / name).is_file()]
 
 
+def test_type_checkers_see_every_public_name() -> None:
+    import lit_palm
+
+    tree = ast.parse((ROOT / "lit_palm/__init__.pyi").read_text(encoding="utf-8"))
+    shown = {
+        alias.name: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname == alias.name
+    }
+    assert shown == lit_palm._HOMES | {"__version__": "lit_palm.version"}
+    for name in lit_palm.__all__:
+        assert getattr(lit_palm, name) is not None
+
+
 MACHINE_PATH = re.compile(r"(?<![\w./-])/(?:home|Users|root|work|mnt|scratch)/\w|\b[A-Z]:\\Users\\")
 
 

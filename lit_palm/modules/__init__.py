@@ -4,6 +4,15 @@ from lit_palm.modules.checkpoint import load_network, read_checkpoint
 from lit_palm.modules.host import LitModule
 from lit_palm.modules.language_model import LitLanguageModel
 from lit_palm.modules.policy import LitPolicy
+from lit_palm.modules.reference import ReferenceUpdate
 from lit_palm.modules.reward_model import LitRewardModel
 
-__all__ = ["LitLanguageModel", "LitModule", "LitPolicy", "LitRewardModel", "load_network", "read_checkpoint"]
+__all__ = [
+    "LitLanguageModel",
+    "LitModule",
+    "LitPolicy",
+    "LitRewardModel",
+    "ReferenceUpdate",
+    "load_network",
+    "read_checkpoint",
+]

@@ -1,15 +1,41 @@
-"""Whether a checkpoint can be resumed by the run at hand; every reason why not is one clear error."""
+"""Whether a module can run an objective, and go on from a checkpoint; every reason why not is one clear error."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
 from lit_palm.models.base import Network, NetworkConfig, ScalarNetwork
 from lit_palm.modules.checkpoint import FORMAT
+from lit_palm.objectives.base import Kind, Need, Objective
 
-__all__ = ["check_resumable", "config_of"]
+__all__ = ["check_objective", "check_resumable", "config_of"]
+
+
+def check_objective(objective: Objective, module: str, kind: Kind) -> None:
+    """Refuse an objective that a module cannot run.
+
+    Args:
+        objective: what to optimise.
+        module: name of the module's class.
+        kind: the objectives it runs.
+
+    Raises:
+        ValueError: the objective is of another kind, or needs what nothing provides.
+    """
+    name = type(objective).__name__
+    if objective.kind != kind:
+        raise ValueError(
+            f"{module} runs objectives of kind {kind!r}; {name} is of kind {objective.kind!r}: use "
+            f"Lit{''.join(w.title() for w in objective.kind.split('_'))}"
+        )
+    unknown = sorted(objective.needs - set(get_args(Need)))
+    if unknown:
+        raise ValueError(
+            f"{name} needs {', '.join(map(repr, unknown))}, which nothing provides: needs may hold "
+            f"{', '.join(get_args(Need))}"
+        )
 
 
 def config_of(network: nn.Module) -> NetworkConfig:

@@ -25,7 +25,7 @@ from lit_palm.data.tokenizers import Tokenizer
 from lit_palm.models.base import Network, NetworkConfig
 from lit_palm.modules import resume
 from lit_palm.modules.checkpoint import FORMAT, load_checkpoint_tokenizer, load_network, network_to_dict, read_config
-from lit_palm.modules.compatibility import check_resumable, config_of
+from lit_palm.modules.compatibility import check_objective, check_resumable, config_of
 from lit_palm.modules.means import Means
 from lit_palm.modules.sharding import check_strategy, shard
 from lit_palm.modules.step_weight import StepWeight
@@ -66,11 +66,7 @@ class LitModule(LightningModule):
         overrides: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if objective.kind != self.kind:
-            raise ValueError(
-                f"{type(self).__name__} runs objectives of kind {self.kind!r}; {type(objective).__name__} is of kind "
-                f"{objective.kind!r}: use Lit{''.join(w.title() for w in objective.kind.split('_'))}"
-            )
+        check_objective(objective, type(self).__name__, self.kind)
         self.network = network
         self.objective = objective
         self.optimizer = optimizer

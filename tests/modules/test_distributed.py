@@ -55,9 +55,13 @@ def two_processes(folder: Path, strategy: str, *jobs: str) -> Path:
     return folder
 
 
+OFFLINE_AND_SELECTED = ("selection", "selection+resumed", "moving_reference", "moving_reference+resumed",
+                        "known_reference")  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def ddp(session_folder: Path) -> Path:
-    jobs = ("language_model", "reward_model", "policy", "policy+resumed", "early_stop")
+    jobs = ("language_model", "reward_model", "policy", "policy+resumed", "early_stop", *OFFLINE_AND_SELECTED)
     return two_processes(session_folder, "ddp", *jobs)
 
 
@@ -77,6 +81,9 @@ def agree(job: str, folder: Path, here: Path) -> None:
         "reward_model": ["val/loss", "val/accuracy", "val/margin"],
         "early_stop": [],  # a collection that is left early has no end to validate at
         "policy": ["val/reward", "val/kl", "val/length", "val/ended", "val/rewards/lower_case"],
+        "selection": ["val/reward", "val/length", "rollout/rounds", "rollout/accepted"],
+        "moving_reference": ["val/loss", "val/loss/pairs", "val/loss/tokens", "val/gain", "val/accuracy"],
+        "known_reference": ["val/loss", "val/gain"],
     }
     for name in names[job]:
         assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-5, abs=1e-6), name
@@ -90,7 +97,10 @@ def test_accumulation_equals_one_large_batch(job: str, tmp_path: Path) -> None:
     assert apart(learned(large["weights"]), learned(small["weights"])) < TOLERANCE
 
 
-@pytest.mark.parametrize("job", ["language_model", "reward_model", "policy", "early_stop"])
+@pytest.mark.parametrize(
+    "job",
+    ["language_model", "reward_model", "policy", "early_stop", "selection", "moving_reference", "known_reference"],
+)
 def test_two_processes_equal_one(job: str, tmp_path: Path, ddp: Path) -> None:
     agree(job, ddp, tmp_path)
 
@@ -100,10 +110,14 @@ def test_two_processes_that_share_the_weights_equal_one(job: str, tmp_path: Path
     agree(job, sharded, tmp_path)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
-def test_two_processes_resume_in_the_middle_of_a_collection(strategy: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(
+    "strategy, job", [("ddp", "policy"), ("sharded", "policy"), ("ddp", "selection"), ("ddp", "moving_reference")]
+)
+def test_two_processes_resume_in_the_middle_of_a_collection(
+    strategy: str, job: str, request: pytest.FixtureRequest
+) -> None:
     folder = request.getfixturevalue(strategy)
-    straight, resumed = (torch.load(folder / f"{job}.pt") for job in ("policy", "policy+resumed"))
+    straight, resumed = (torch.load(folder / f"{name}.pt") for name in (job, f"{job}+resumed"))
     assert straight["step"] == resumed["step"]
     # the order of sums is the same, so nothing differs
     assert all(torch.equal(straight["weights"][k], resumed["weights"][k]) for k in straight["weights"])

@@ -178,3 +178,11 @@ def test_an_objective_of_another_kind_is_refused() -> None:
     match = r"runs objectives of kind 'language_model'; PPO is of kind 'policy'.*LitPolicy"
     with pytest.raises(ValueError, match=match):
         language_model(objective=PPO())
+
+
+def test_a_need_that_nothing_provides_is_named() -> None:
+    class Wishful(PPO):
+        needs = frozenset({"rollouts", "reward", "critic"})
+
+    with pytest.raises(ValueError, match=r"Wishful needs 'critic', which nothing provides: needs may hold rollouts, "):
+        policy(objective=Wishful())

@@ -18,7 +18,19 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor import DTensor
 
 from lit_palm.callbacks import LastCheckpoint
-from tests.support import language_model, policy, prompt_data, ranking_data, reward_model, text_data, trainer, weights
+from lit_palm.modules.reference import ReferenceUpdate
+from tests.support import (
+    language_model,
+    policy,
+    preference_policy,
+    prompt_data,
+    ranking_data,
+    reward_model,
+    selective_policy,
+    text_data,
+    trainer,
+    weights,
+)
 
 
 def make(job: str, folder: Path, ways: int) -> tuple[Any, Any]:
@@ -27,6 +39,13 @@ def make(job: str, folder: Path, ways: int) -> tuple[Any, Any]:
         return language_model(), text_data(folder, batch_size=4 // ways)
     if job == "reward_model":
         return reward_model(calibrate="whiten"), ranking_data(folder, batch_size=4 // ways)
+    if job == "selection":  # a minibatch may be smaller than others, and hold nothing for one of two ranks
+        return selective_policy(), prompt_data(folder)
+    if job == "moving_reference":
+        update = ReferenceUpdate(mix=0.3, every=2)
+        return preference_policy(reference_update=update), ranking_data(folder, batch_size=4 // ways)
+    if job == "known_reference":
+        return preference_policy(precompute_reference=True), ranking_data(folder, batch_size=4 // ways)
     # with a bound on the divergence most of a collection's minibatches are left unused
     return policy(ppo={"max_update_kl": 2e-3} if job == "early_stop" else {}), prompt_data(folder)
 
