@@ -109,22 +109,19 @@ class Rollouts:
 
         Where nothing is accepted, the rows of the last round, and True.
         """
-        config, pad_id = self.module.rollout, self.module.pad_id
+        config = self.module.rollout
         accepted: list[Experience] = []
         wanted, rounds = config.num_rows, 0
         while wanted > 0 and rounds < config.max_rounds:
             experience = self._round(collection, rounds)
-            rounds += 1
             verdict = self.module.objective.accept(experience)
-            if verdict is not None:
-                accepted.append(take(experience, verdict.nonzero().squeeze(1)[:wanted]))
-                wanted -= accepted[-1].num_rows
-            else:
-                accepted, wanted = [*accepted, experience], 0
-            if verdict is not None:
-                self.metrics["rollout/rounds"] = float(rounds)
-        if "rollout/rounds" in self.metrics:
-            self.metrics["rollout/accepted"] = sum(p.num_rows for p in accepted) / (rounds * config.num_rows)
+            if verdict is None:
+                return experience, False
+            rounds += 1
+            accepted.append(take(experience, verdict.nonzero().squeeze(1)[:wanted]))
+            wanted -= accepted[-1].num_rows
+        self.metrics["rollout/rounds"] = float(rounds)
+        self.metrics["rollout/accepted"] = (config.num_rows - wanted) / (rounds * config.num_rows)
         found = [part for part in accepted if part.num_rows]
         if not found:
             rank_zero_warn(
@@ -132,7 +129,7 @@ class Rollouts:
                 "nothing is learned from it. Raise rollout.max_rounds, or look at the rewards"
             )
             return experience, True
-        return merge(found, pad_id), False
+        return merge(found, self.module.pad_id), False
 
     def _round(self, collection: int, number: int) -> Experience:
         """The completions of `num_prompts` prompts, scored and annotated, of all ranks."""
