@@ -36,8 +36,9 @@ from lit_palm.rollout.collector import RolloutConfig
 from lit_palm.rollout.rewards import PythonReward
 from lit_palm.rollout.sampling import Sampling
 from lit_palm.testing.batches import DataKind
+from lit_palm.testing.entries import class_path, entry_of
 from lit_palm.testing.rows import lower_case, write_rows
-from lit_palm.testing.subject import Factory, Subject, class_and_arguments, class_path, entry_of
+from lit_palm.testing.subject import GROUP, Factory, Subject, class_and_arguments
 
 __all__ = ["Job", "Run", "command"]
 
@@ -194,7 +195,7 @@ class Job:
     def objective_name(self) -> str:
         """What the objective is called in YAML: the short name of an installed class, else the class path."""
         cls, _ = class_and_arguments(self.factory)
-        plugin = entry_of(cls)
+        plugin = entry_of(GROUP, cls)
         return plugin.name if plugin is not None and plugin.health in ("unchecked", "healthy") else class_path(cls)
 
     def config(self, processes: int, epochs: int = 2) -> dict[str, Any]:

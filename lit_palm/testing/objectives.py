@@ -24,10 +24,11 @@ from torch import Tensor
 
 from lit_palm.testing.collection_checks import CollectionChecks
 from lit_palm.testing.compare import nested_alike
+from lit_palm.testing.entries import class_path, is_plain, parameters, plain
 from lit_palm.testing.jobs import Job, command
 from lit_palm.testing.loss_checks import LossChecks
-from lit_palm.testing.package_checks import PackageChecks, is_plain, plain
-from lit_palm.testing.subject import Factory, Subject, class_and_arguments, class_path, parameters
+from lit_palm.testing.package_checks import PackageChecks
+from lit_palm.testing.subject import Factory, Subject, class_and_arguments
 
 __all__ = ["ObjectiveChecks", "ObjectiveConformance", "ObjectiveRuns"]
 

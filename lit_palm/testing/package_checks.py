@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import inspect
 import typing
-from typing import Any, get_args
+from typing import get_args
 
 import docstring_parser
-import pytest
 from jsonargparse import ArgumentParser
 
 from lit_palm.objectives.base import Kind, Need, Objective
-from lit_palm.plugins import PluginError, check_class, load
-from lit_palm.testing.subject import (
-    GROUP,
-    Factory,
-    Subject,
-    class_and_arguments,
+from lit_palm.testing.entries import (
+    as_yaml,
+    check_api_version,
+    check_entry_point,
     class_path,
-    distribution_of,
-    entry_of,
+    is_plain,
     parameters,
+    plain,
+    read_yaml,
 )
+from lit_palm.testing.subject import GROUP, Factory, Subject, class_and_arguments
 
 __all__ = ["PackageChecks"]
 
@@ -69,16 +68,15 @@ class PackageChecks(Subject):
         parser.add_argument("--objective", type=Objective)
         given = {"class_path": class_path(cls), "init_args": arguments}
         try:
-            first = parser.dump(parser.parse_object({"objective": given}))
-            second = parser.parse_string(first)
+            first = as_yaml(parser, parser.parse_object({"objective": given}))
+            second = as_yaml(parser, parser.parse_string(first))
+            made = read_yaml(parser, first).objective
         except Exception as error:
             raise AssertionError(
                 f"{cls.__name__} with {arguments} cannot be written as YAML and read back: give arguments the types of "
                 f"their values, and use plain values ({error})"
             ) from error
-        assert parser.dump(second) == first, f"read back from YAML, {cls.__name__} has other arguments:\n{first}"
-        # called `instantiate` since jsonargparse 4.49
-        made = getattr(parser, "instantiate", parser.instantiate_classes)(second).objective
+        assert second == first, f"read back from YAML, {cls.__name__} has other arguments:\n{first}"
         for name, value in vars(self.make(objective)).items():
             known = name not in parameters(cls) or not is_plain(value)
             assert known or plain(getattr(made, name, None)) == plain(value), (
@@ -103,54 +101,11 @@ class PackageChecks(Subject):
 
         When it fails, no later lit_palm could tell that the class is out of date: write `API_VERSION = 1`.
         """
-        cls, _ = class_and_arguments(objective)
-        assert not inspect.isabstract(cls), f"{cls.__name__} does not implement {', '.join(cls.__abstractmethods__)}"
-        try:
-            check_class(GROUP, cls)
-        except PluginError as error:
-            raise AssertionError(str(error)) from error
+        check_api_version(GROUP, class_and_arguments(objective)[0])
 
     def test_entry_point_leads_to_it(self, objective: Factory) -> None:
         """An installed class is found by its own name through the entry points of its distribution.
 
         When it fails, `--model.objective=NAME` does not find it: mind the name in pyproject.toml, and reinstall.
         """
-        cls, _ = class_and_arguments(objective)
-        plugin, distribution = entry_of(cls), distribution_of(cls)
-        installed = distribution is not None if self.installed is None else self.installed
-        if plugin is None and not installed:
-            pytest.skip(f"{cls.__module__} belongs to no installed distribution, so {cls.__name__} has no entry point")
-        assert plugin is not None, (
-            f"no entry point leads to {cls.__name__} of {distribution}: write\n"
-            f'[project.entry-points."{GROUP}"]\n{cls.__name__} = "{cls.__module__}:{cls.__name__}"\n'
-            "into its pyproject.toml and install it again (`installed = False` in the test class: it needs none)"
-        )
-        assert plugin.name == cls.__name__, (
-            f"the entry point {plugin.name} of {plugin.source} leads to the class {cls.__name__}: the names must be "
-            "equal, because the command line finds a class by its own name"
-        )
-        if plugin.health == "off":
-            pytest.skip(f"LIT_PALM_PLUGINS leaves {plugin.name} out")
-        try:
-            found = load(GROUP, plugin.name)
-        except PluginError as error:
-            raise AssertionError(str(error)) from error
-        assert found is cls, f"{plugin.name} leads to {found}, not to {cls}: is another version installed?"
-
-
-def is_plain(value: Any) -> bool:
-    """Whether YAML can hold a value as it is."""
-    if isinstance(value, list | tuple):
-        return all(map(is_plain, value))
-    if isinstance(value, dict):
-        return all(map(is_plain, value.values()))
-    return value is None or isinstance(value, bool | int | float | str)
-
-
-def plain(value: Any) -> Any:
-    """A value as YAML knows it: tuples are lists."""
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    return value
+        check_entry_point(GROUP, class_and_arguments(objective)[0], self.installed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -15,12 +14,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lit_palm.data.tokenizers import ByteTokenizer
 from lit_palm.models.base import ScalarNetwork
-from lit_palm.plugins import Plugin, discover
 from lit_palm.rollout.rewards import Reward, RewardBatch
+from lit_palm.testing import entries
 from lit_palm.testing.batches import tiny_network
-from lit_palm.testing.subject import parameters
 
-__all__ = ["GROUP", "RewardSubject", "class_and_arguments", "entry_of", "tiny_reward_batch"]
+__all__ = ["GROUP", "RewardSubject", "class_and_arguments", "tiny_reward_batch"]
 
 GROUP = "lit_palm.rewards"
 
@@ -145,31 +143,5 @@ def load_tiny(checkpoint: str, role: str) -> nn.Module:
 
 
 def class_and_arguments(reward: Any) -> tuple[type[Reward], dict[str, Any]]:
-    """The class behind a factory, with the arguments it is given, by name."""
-    arguments: dict[str, Any] = {}
-    positional: tuple[Any, ...] = ()
-    while isinstance(reward, functools.partial):
-        positional, arguments, reward = reward.args + positional, {**reward.keywords, **arguments}, reward.func
-    assert isinstance(reward, type) and issubclass(reward, Reward), (
-        "the fixture `reward` returns neither a class nor a functools.partial of one, so that nobody could write it in "
-        "YAML: return MyReward, or functools.partial(MyReward, limit=3), and no lambda or function"
-    )
-    return reward, {**dict(zip(parameters(reward), positional, strict=False)), **arguments}
-
-
-def entry_of(cls: type) -> Plugin | None:
-    """The built-in or entry point that leads to a class; only those of its own package are imported."""
-    package = cls.__module__.partition(".")[0]
-    for plugin in discover():
-        module, _, attribute = plugin.value.partition("[")[0].partition(":")
-        if plugin.group != GROUP or module.strip().partition(".")[0] != package:
-            continue
-        try:
-            found: Any = importlib.import_module(module.strip())
-            for name in attribute.strip().split("."):
-                found = getattr(found, name)
-        except (ImportError, AttributeError):
-            continue
-        if found is cls:
-            return plugin
-    return None
+    """The class behind the fixture `reward`, with the arguments it is given, by name."""
+    return entries.class_and_arguments(reward, Reward, "reward")

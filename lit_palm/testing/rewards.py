@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,12 +24,19 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor
 
-from lit_palm.plugins import PluginError, check_class, load
 from lit_palm.rollout.rewards import Reward, RewardBatch, total_reward
 from lit_palm.testing.compare import nested_alike
-from lit_palm.testing.package_checks import is_plain, plain
-from lit_palm.testing.reward_subject import GROUP, RewardSubject, class_and_arguments, entry_of
-from lit_palm.testing.subject import class_path, distribution_of, parameters
+from lit_palm.testing.entries import (
+    as_yaml,
+    check_api_version,
+    check_entry_point,
+    class_path,
+    is_plain,
+    parameters,
+    plain,
+    read_yaml,
+)
+from lit_palm.testing.reward_subject import GROUP, RewardSubject, class_and_arguments
 
 __all__ = ["RewardConformance"]
 
@@ -154,11 +160,7 @@ class RewardConformance(RewardSubject):
         parser.add_argument("--rewards", type=list[Reward])
         given = {"class_path": class_path(cls), "init_args": {k: as_config(v) for k, v in arguments.items()}}
         try:
-            # with what is null, as --print_config and saved configurations are; both got other names in 4.49
-            everything = {"skip_unset" if hasattr(parser, "instantiate") else "skip_none": False}
-            first = parser.dump(parser.parse_object({"rewards": [given]}), **everything)
-            second = parser.parse_string(first)
-            (made,) = getattr(parser, "instantiate", parser.instantiate_classes)(second).rewards
+            (made,) = read_yaml(parser, as_yaml(parser, parser.parse_object({"rewards": [given]}))).rewards
         except Exception as error:
             raise AssertionError(
                 f"{cls.__name__} with {arguments} cannot be written as YAML and read back: give every argument the "
@@ -181,39 +183,14 @@ class RewardConformance(RewardSubject):
 
         When it fails, no later lit_palm could tell that the class is out of date: write `API_VERSION = 1`.
         """
-        cls, _ = class_and_arguments(reward)
-        assert not inspect.isabstract(cls), f"{cls.__name__} does not implement {', '.join(cls.__abstractmethods__)}"
-        try:
-            check_class(GROUP, cls)
-        except PluginError as error:
-            raise AssertionError(str(error)) from error
+        check_api_version(GROUP, class_and_arguments(reward)[0])
 
     def test_entry_point_leads_to_it(self, reward: Factory) -> None:
         """An installed class is found by its own name through the entry points of its distribution.
 
         When it fails, `class_path: NAME` does not find it: mind the name in pyproject.toml, and reinstall.
         """
-        cls, _ = class_and_arguments(reward)
-        plugin, distribution = entry_of(cls), distribution_of(cls)
-        installed = distribution is not None if self.installed is None else self.installed
-        if plugin is None and not installed:
-            pytest.skip(f"{cls.__module__} belongs to no installed distribution, so {cls.__name__} has no entry point")
-        assert plugin is not None, (
-            f"no entry point leads to {cls.__name__} of {distribution}: write\n"
-            f'[project.entry-points."{GROUP}"]\n{cls.__name__} = "{cls.__module__}:{cls.__name__}"\n'
-            "into its pyproject.toml and install it again (`installed = False` in the test class: it needs none)"
-        )
-        assert plugin.name == cls.__name__, (
-            f"the entry point {plugin.name} of {plugin.source} leads to the class {cls.__name__}: the names must be "
-            "equal, because the command line finds a class by its own name"
-        )
-        if plugin.health == "off":
-            pytest.skip(f"LIT_PALM_PLUGINS leaves {plugin.name} out")
-        try:
-            found = load(GROUP, plugin.name)
-        except PluginError as error:
-            raise AssertionError(str(error)) from error
-        assert found is cls, f"{plugin.name} leads to {found}, not to {cls}: is another version installed?"
+        check_entry_point(GROUP, class_and_arguments(reward)[0], self.installed)
 
     # ------------------------------------------------------------------ how they score
 

@@ -1,26 +1,21 @@
 """What the checks of an objective start from: the author's fixture, and what can be set otherwise.
 
-`Subject` holds the settings that `ObjectiveConformance` documents; the rest of the file finds out how a class is named
-in YAML, which arguments it has and which entry point leads to it.
+`Subject` holds the settings that `ObjectiveConformance` documents.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import inspect
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any, ClassVar
 
 import pytest
 
 from lit_palm.objectives.base import Objective
-from lit_palm.plugins import Plugin, discover
+from lit_palm.testing import entries
 from lit_palm.testing.batches import DataKind, natural_data, tiny_batch, tiny_experience
 from lit_palm.types import Experience, Output
 
-__all__ = ["Factory", "Subject", "class_and_arguments", "class_path", "distribution_of", "entry_of", "parameters"]
+__all__ = ["GROUP", "Factory", "Subject", "class_and_arguments"]
 
 Factory = Callable[[], Objective]
 """A class, or functools.partial of one: called whenever a fresh objective is needed."""
@@ -92,69 +87,5 @@ class Subject:
 
 
 def class_and_arguments(objective: Factory) -> tuple[type[Objective], dict[str, Any]]:
-    """The class behind a factory, with the arguments it is given, by name."""
-    arguments: dict[str, Any] = {}
-    positional: tuple[Any, ...] = ()
-    made: Any = objective
-    while isinstance(made, functools.partial):
-        positional, arguments, made = made.args + positional, {**made.keywords, **arguments}, made.func
-    assert isinstance(made, type) and issubclass(made, Objective), (
-        "the fixture `objective` returns neither a class nor a functools.partial of one, so that nobody could write it "
-        "in YAML: return MyLoss, or functools.partial(MyLoss, beta=0.3), and no lambda or function"
-    )
-    names = list(parameters(made))
-    return made, {**dict(zip(names, positional, strict=False)), **arguments}
-
-
-def class_path(cls: type) -> str:
-    """The dotted name under which a class can be imported by another process."""
-    path = f"{cls.__module__}.{cls.__qualname__}"
-    found: Any = None
-    if "<locals>" not in path and cls.__module__ != "__main__":
-        found = importlib.import_module(cls.__module__)
-        for name in cls.__qualname__.split("."):
-            found = getattr(found, name, None)
-    assert found is cls, (
-        f"{path} cannot be imported under that name, so neither YAML nor another process can find it: define the class "
-        "at the top level of a module, not inside a function"
-    )
-    return path
-
-
-def parameters(cls: type) -> dict[str, tuple[inspect.Parameter, type]]:
-    """Constructor arguments by name, each with the class whose `__init__` takes it; `**kwargs` leads to the base's."""
-    found: dict[str, tuple[inspect.Parameter, type]] = {}
-    for base in cls.__mro__:
-        if "__init__" not in vars(base) or base is object:
-            continue
-        given = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
-        for parameter in given:
-            if parameter.kind is not parameter.VAR_KEYWORD:
-                found.setdefault(parameter.name, (parameter, base))
-        if not any(p.kind is p.VAR_KEYWORD for p in given):
-            break
-    return found
-
-
-def entry_of(cls: type) -> Plugin | None:
-    """The built-in or entry point that leads to a class; only those of its own package are imported."""
-    package = cls.__module__.partition(".")[0]
-    for plugin in discover():
-        module, _, attribute = plugin.value.partition("[")[0].partition(":")
-        if plugin.group != GROUP or module.strip().partition(".")[0] != package:
-            continue
-        try:
-            found: Any = importlib.import_module(module.strip())
-            for name in attribute.strip().split("."):
-                found = getattr(found, name)
-        except (ImportError, AttributeError):
-            continue
-        if found is cls:
-            return plugin
-    return None
-
-
-def distribution_of(cls: type) -> str | None:
-    """The installed distribution that a class's package comes from."""
-    names = metadata.packages_distributions().get(cls.__module__.partition(".")[0])
-    return names[0] if names else None
+    """The class behind the fixture `objective`, with the arguments it is given, by name."""
+    return entries.class_and_arguments(objective, Objective, "objective")

@@ -139,7 +139,7 @@ def test_the_ratio_may_be_renounced(tmp_path: Path) -> None:
 def test_what_the_fixture_must_return() -> None:
     with pytest.raises(AssertionError, match="which is no lit_palm"):
         ObjectiveChecks().test_loss_and_weight_are_sums(object)  # type: ignore[arg-type]
-    with pytest.raises(AssertionError, match=r"functools.partial\(MyLoss"):
+    with pytest.raises(AssertionError, match=r"functools.partial\(MyObjective"):
         ObjectiveChecks().test_yaml_round_trip(lambda: defects.Preference())
 
 
@@ -258,3 +258,11 @@ def test_pytest_is_asked_for_by_name(tmp_path: Path) -> None:
     code = "import sys; sys.modules['pytest'] = None; import lit_palm.testing"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "lit_palm.testing needs pytest: pip install pytest" in done.stderr
+
+
+class TestNulls(ObjectiveChecks):
+    """An argument that is null where its default is not survives being written as YAML."""
+
+    @pytest.fixture
+    def objective(self) -> Factory:
+        return functools.partial(PPO, value_clip=None)
