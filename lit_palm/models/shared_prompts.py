@@ -21,6 +21,11 @@ __all__ = ["SharedPrompts", "share_prompts"]
 WORTHWHILE = 0.9
 """Pack when at most this share of the padded tokens is left: the attention mask of packed rows costs a little."""
 
+MAX_PAIRS = 2048
+"""Pack when a token that is saved costs at most so many pairs of tokens more in attention, whose masked kernel computes
+all pairs of a packed row, those of two completions too, and whose mask holds them. Measured on a CPU: at 2,400 a
+network of width 512 gains 14 per cent, at 1,450 one of width 256 gains 10, at 9,000 it takes 1.6 times as long."""
+
 _PROMPT, _PADDING, _NOTHING = 0, -1, -2
 
 
@@ -70,7 +75,9 @@ def share_prompts(tokens: Tensor, mask: Tensor, targets: Tensor, group: Tensor) 
     offset = torch.empty_like(part).scatter(0, by_group, before)
     ends = shared + offset + part
     packed_width = int(ends.max())
-    if len(sizes) * packed_width > WORTHWHILE * rows * width:
+    saved = rows * width - len(sizes) * packed_width
+    pairs = len(sizes) * packed_width**2 - rows * width**2 // 2  # separate rows are causal: half of theirs
+    if len(sizes) * packed_width > WORTHWHILE * rows * width or pairs > MAX_PAIRS * saved:
         return None
     in_prompt = place < shared[:, None]
     to = which[:, None] * packed_width + place + torch.where(in_prompt, 0, offset[:, None])

@@ -33,7 +33,7 @@ def language_model_output(
     tokens, targets = batch["tokens"], batch["loss_mask"]
     options: dict[str, Any] = {"temperature": temperature, "entropy": entropy, "log_z": log_z}
     packed = None
-    if "group" in batch and "documents" not in batch and getattr(network, "takes_prefixes", False):
+    if "group" in batch and "documents" not in batch and _takes(network, tokens.shape[1]):
         packed = share_prompts(tokens, batch["mask"], targets, batch["group"])
     result: dict[str, Tensor]
     if packed is None:
@@ -48,6 +48,11 @@ def language_model_output(
             head=TokenLogProbs(tokens, targets, source=packed.source, **options),
         )
     return result
+
+
+def _takes(network: nn.Module, width: int) -> bool:
+    """Whether the network reads packed rows; those it would refuse for their width it shall see as they are."""
+    return isinstance(network, Network) and network.takes_prefixes and width <= network.config.max_length
 
 
 class LitLanguageModel(LitModule):
