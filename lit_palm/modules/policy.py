@@ -139,6 +139,12 @@ class LitPolicy(LitModule):
         for network in self.frozen.values():
             network.requires_grad_(False).eval()
         self._check_vocabulary(reference, "the reference")
+        shapes = [[p.shape for p in network.parameters()] for network in (policy, reference)]
+        if self.reference_update is not None and shapes[0] != shapes[1]:
+            raise ValueError(
+                f"model.reference_update mixes the policy's weights into those of {self.reference}, a network of "
+                "another shape: leave model.reference out, or name a checkpoint of the same network"
+            )
         self._reference_id = fingerprint(reference)
         self.starts_as_reference = self.reference is None
         return networks
@@ -166,19 +172,18 @@ class LitPolicy(LitModule):
         return {"lr": self.value_lr} if role == "value" and self.value_lr is not None else {}
 
     def _place_frozen(self, stage: str = "predict") -> None:
-        known = self.precomputed is not None and "reference" in self.objective.needs and stage != "predict"
         for name, network in self.frozen.items():
             network.to(self.device)
             for reward in self.rewards:
                 if name == f"reward/{reward.name}":
                     reward.network = network
-        if known and self.precomputed is not None:
-            data: Any = getattr(self.trainer, "datamodule", None)
+        if self.precomputed is not None and "reference" in self.objective.needs and stage != "predict":
+            sources = getattr(getattr(self.trainer, "datamodule", None), "sources", {})
             stages = ("train", "validation") if stage == "fit" else (stage,)
-            for part in stages:
-                if data is None or data.sources[part][0] is not None:
-                    self.precomputed.fill(self, part)
-            self.frozen["reference"].cpu()
+            used = [part for part in stages if part not in sources or sources[part][0] is not None]
+            known = [self.precomputed.fill(self, part) for part in used]
+            if all(known):
+                self.frozen["reference"].cpu()
 
     def on_fit_start(self) -> None:
         self._place_frozen("fit")
@@ -193,8 +198,11 @@ class LitPolicy(LitModule):
     def on_predict_start(self) -> None:
         self._place_frozen()
 
-    def _follow(self) -> None:
-        """Let the reference follow, before the next batch: a checkpoint after the step holds what comes before it."""
+    def follow(self) -> None:
+        """Let the reference follow the policy where an update is due, before the next batch or collection.
+
+        Not right after the step: a checkpoint that is saved there holds what comes before the update.
+        """
         step, update = self.trainer.global_step, self.reference_update
         if update is not None and update.due(self._reference_step, step):
             with gathered(self.networks):
@@ -224,12 +232,17 @@ class LitPolicy(LitModule):
         return self.trainer.precision_plugin.train_step_context()
 
     def policy_logps(self, batch: Experience) -> Tensor:
-        """Log-probabilities [B, T] of the completion tokens under the policy, at the sampling temperature."""
-        return language_model_output(self.networks["policy"], batch, temperature=self.sampling.temperature)["logps"]
+        """Log-probabilities [B, T] of the completion tokens under the policy, at the sampling temperature.
 
-    def reference_logps(self, batch: Experience) -> Tensor:
-        """The same under the frozen reference."""
-        return language_model_output(self.frozen["reference"], batch, temperature=self.sampling.temperature)["logps"]
+        Of greedy samples those at 1, as an engine reports them.
+        """
+        temperature = self.sampling.temperature or 1.0
+        return language_model_output(self.networks["policy"], batch, temperature=temperature)["logps"]
+
+    def reference_logps(self, batch: Experience, temperature: float | None = None) -> Tensor:
+        """The same under the frozen reference; of given data at a temperature of 1."""
+        temperature = temperature or self.sampling.temperature or 1.0
+        return language_model_output(self.frozen["reference"], batch, temperature=temperature)["logps"]
 
     def state_values(self, batch: Experience) -> Tensor:
         """Value of the state in which each token was chosen: [B, T], what the network says one token earlier."""
@@ -245,6 +258,8 @@ class LitPolicy(LitModule):
                 f"{type(self.objective).__name__} samples its own completions and learns from prompts: use PromptData "
                 f"instead of {type(getattr(self.trainer, 'datamodule', None)).__name__}"
             )
+        if self.rollouts is not None:  # when resuming, Lightning asks what is due before it asks for a batch
+            self.rollouts.fit_epoch()
 
     def on_train_epoch_start(self) -> None:
         if self.rollouts is not None:
@@ -252,7 +267,7 @@ class LitPolicy(LitModule):
 
     def on_train_batch_start(self, batch: Experience, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        self._follow()
+        self.follow()
         # the loader cannot log: what a collection found out is logged with its first minibatch
         if self.rollouts is not None:
             self.rollouts.fit_epoch()
@@ -283,7 +298,7 @@ class LitPolicy(LitModule):
     @torch.no_grad()
     def _reference_of_data(self, batch: Experience) -> Tensor:
         if self.precomputed is None:
-            return language_model_output(self.frozen["reference"], batch)["logps"]
+            return self.reference_logps(batch, temperature=1.0)
         stage = "train" if self.trainer.training else "test" if self.trainer.testing else "validation"
         return self.precomputed.logps(stage, batch)
 

@@ -64,16 +64,22 @@ class PrecomputedReference:
 
     def __init__(self) -> None:
         self._stages: dict[str, tuple[Tensor, Tensor]] = {}
+        self._data: Any = None
 
-    def fill(self, module: LitPolicy, stage: str) -> None:
+    def fill(self, module: LitPolicy, stage: str) -> bool:
         """Run the reference over all rows of a stage ("train", "validation" or "test"); each rank takes its share.
+
+        Returns:
+            Whether all that will be asked for is known; not of prompts, which are completed anew each time.
 
         Raises:
             ValueError: the data module cannot be gone through twice, or its rows have no numbers.
         """
-        if stage in self._stages:
-            return
         data: Any = getattr(module.trainer, "datamodule", None)
+        if data is not self._data:  # rows of other data have the same numbers
+            self._data, self._stages = data, {}
+        if stage in self._stages:
+            return True
         if data is None or not hasattr(data, "loader"):
             raise ValueError(
                 "model.precompute_reference goes through the data before training and needs a data module of lit_palm, "
@@ -81,6 +87,8 @@ class PrecomputedReference:
             )
         found: dict[int, Tensor] = {}
         for batch in data.loader(stage, data.eval_batch_size):
+            if not isinstance(batch, Experience):
+                return False
             if "row" not in batch or bool((batch["row"] < 0)[batch["loss_mask"].any(1)].any()):
                 raise ValueError(
                     f"model.precompute_reference: {type(data).__name__} makes rows without a number of their own (such "
@@ -88,7 +96,7 @@ class PrecomputedReference:
                 )
             moved = Experience({k: v.to(module.device) for k, v in batch.items() if isinstance(v, Tensor)})
             with torch.no_grad(), module.numerics():
-                logps = module.reference_logps(moved).float().cpu()
+                logps = module.reference_logps(moved, temperature=1.0).float().cpu()
             for row, number in enumerate(batch["row"].tolist()):
                 if number >= 0:  # not one that fills a batch up
                     found[number] = logps[row][batch["loss_mask"][row]]
@@ -97,6 +105,7 @@ class PrecomputedReference:
         for number, values in found.items():
             lengths[number + 1] = len(values)
         self._stages[stage] = torch.cat([found[number] for number in sorted(found)]), lengths.cumsum(0)
+        return True
 
     def _gather(self, module: LitPolicy, found: dict[int, Tensor]) -> dict[int, Tensor]:
         if module.trainer.world_size == 1:

@@ -84,6 +84,7 @@ class Rollouts:
         module = self.module
         assert module.between_steps, "a collection in the middle of an optimiser step"
         started = time.perf_counter()
+        module.follow()  # what is due after the last step, or this collection would be held to an older reference
         training = module.networks.training
         module.networks.eval()  # no dropout while collecting and scoring
         with gathered(module.networks), module.numerics():
@@ -95,7 +96,7 @@ class Rollouts:
         if rejected:  # no step is taken on what the objective refused
             experience["loss_mask"] = torch.zeros_like(experience["loss_mask"])
         if sampled is not None:
-            kept = set(experience["row"].tolist())
+            kept = set() if rejected else set(experience["row"].tolist())
             self.records = collection, [{**row, "kept": row["row"] in kept} for row in sampled]
         self.metrics |= experience.get("metrics", {})
         if experience.num_rows == 0:

@@ -6,11 +6,15 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 
+from lit_palm.data.tokenizers import ByteTokenizer
 from lit_palm.modules.policy import LitPolicy
 from lit_palm.modules.reference import ReferenceUpdate
+from lit_palm.rollout.sampling import Sampling
 from tests.support import (
     apart,
     config,
@@ -35,7 +39,10 @@ def test_a_reference_computed_in_advance_changes_nothing(tmp_path: Path) -> None
     module = preference_policy(precompute_reference=True)
     passes = []
     original = module.reference_logps
-    module.reference_logps = lambda batch: (passes.append(batch.num_rows), original(batch))[1]  # type: ignore[method-assign]
+    module.reference_logps = lambda batch, **options: (  # type: ignore[method-assign]
+        passes.append(batch.num_rows),
+        original(batch, **options),
+    )[1]
     run = fit(tmp_path, module)
     # rows are batched otherwise: rounding of float32
     assert apart(everything(plain)["weights"], everything(run)["weights"]) < 1e-4
@@ -45,6 +52,45 @@ def test_a_reference_computed_in_advance_changes_nothing(tmp_path: Path) -> None
     assert float(run.callback_metrics["val/loss"]) == pytest.approx(float(total))
     # every training and validation answer once: 12 rankings of 2, 3 or 4, and 6 more
     assert sum(passes) == sum(2 + i % 3 for i in range(12)) + sum(2 + i % 3 for i in range(50, 56))
+
+
+@pytest.mark.parametrize("temperature", [0.7, 0.0])
+def test_how_samples_are_drawn_says_nothing_about_given_data(temperature: float, tmp_path: Path) -> None:
+    plain = fit(tmp_path, preference_policy(), max_epochs=1)
+    sampling = Sampling(temperature=temperature)
+    run = fit(tmp_path, preference_policy(precompute_reference=True, sampling=sampling), max_epochs=1)
+    assert apart(everything(plain)["weights"], everything(run)["weights"]) < 1e-4
+
+
+def test_a_reference_in_advance_is_that_of_the_data_at_hand(tmp_path: Path) -> None:
+    module = preference_policy(precompute_reference=True)
+    fit(tmp_path, module, max_epochs=1)
+    (tmp_path / "other").mkdir()
+    more = ranking_data(tmp_path / "other", count=24, batch_size=3)
+    trainer(tmp_path, max_epochs=1).fit(module, datamodule=more)
+    batch = more._elements["train"].collate(np.arange(24))
+    expected = module.reference_logps(batch).detach()
+    assert module.precomputed is not None
+    assert float((module.precomputed.logps("train", batch) - expected).abs().max()) < 1e-5
+
+
+def test_prompts_are_completed_whatever_is_known_in_advance(tmp_path: Path) -> None:
+    def found(**options: Any) -> Any:
+        module = preference_policy(sampling=Sampling(max_new_tokens=8), **options)
+        return trainer(tmp_path).validate(module, datamodule=prompt_data(tmp_path), verbose=False)
+
+    assert found(precompute_reference=True) == found()
+
+
+def test_foreign_data_is_named(tmp_path: Path) -> None:
+    class Foreign(LightningDataModule):
+        tokenizer = ByteTokenizer()
+
+        def train_dataloader(self) -> Any:
+            return [1]
+
+    with pytest.raises(ValueError, match=r"precompute_reference .* needs a data module of lit_palm"):
+        trainer(tmp_path, max_epochs=1).fit(preference_policy(precompute_reference=True), datamodule=Foreign())
 
 
 def test_the_reference_in_advance_is_the_starting_point_not_the_policy(tmp_path: Path) -> None:
@@ -93,6 +139,24 @@ def test_a_reference_follows_under_rollouts_too(tmp_path: Path) -> None:
     run = trainer(tmp_path, max_epochs=2, limit_val_batches=0)
     run.fit(still, datamodule=prompt_data(tmp_path))
     assert float(run.callback_metrics["objective/kl"]) > 1e-2
+
+
+def test_a_collection_is_held_to_the_reference_as_it_is_after_the_last_step(tmp_path: Path) -> None:
+    module = policy(reference_update=ReferenceUpdate(mix=1.0, every=4))
+    run = trainer(tmp_path, max_epochs=2, limit_val_batches=0)
+    run.fit(module, datamodule=prompt_data(tmp_path))
+    # four steps a collection, after each of which the reference is the policy that samples the next
+    assert run.global_step == 8 and abs(float(run.callback_metrics["objective/kl"])) < 1e-5
+
+
+def test_a_reference_of_another_shape_cannot_follow(tmp_path: Path, stages: dict[str, Path]) -> None:
+    module = preference_policy(
+        network=config(d_model=32, vocab_size=263),
+        reference=str(stages["language_model"]),
+        reference_update=ReferenceUpdate(),
+    )
+    with pytest.raises(ValueError, match=r"reference_update mixes .* another shape"):
+        fit(tmp_path, module)
 
 
 @pytest.mark.parametrize("fields", [{"mix": 0.0}, {"mix": 1.5}, {"every": 0}])
