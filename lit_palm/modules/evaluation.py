@@ -22,6 +22,11 @@ __all__ = ["evaluate_prompts", "means_of_rows"]
 @torch.no_grad()
 def evaluate_prompts(module: LitPolicy, batch: dict[str, Any]) -> list[dict[str, Any]]:
     """Continue a batch of prompts with seeds of their own; rows of text, length, divergence and rewards."""
+    with gathered(module.networks):  # by every process, also by one that has nothing but fillers
+        return _evaluate(module, batch)
+
+
+def _evaluate(module: LitPolicy, batch: dict[str, Any]) -> list[dict[str, Any]]:
     real = [i for i, row in enumerate(batch["row"].tolist()) if row >= 0]  # -1 fills a batch up
     prompts = [
         {
@@ -37,9 +42,8 @@ def evaluate_prompts(module: LitPolicy, batch: dict[str, Any]) -> list[dict[str,
     def compute(rows: Experience) -> dict[str, Tensor]:
         return {"difference": module.policy_logps(rows) - module.reference_logps(rows)}
 
-    with gathered(module.networks):
-        experience, scored, _ = sample(module, prompts, batch["row"][real], VALIDATION)
-        annotate(experience, compute, module.rollout.batch_size, module.device)
+    experience, scored, _ = sample(module, prompts, batch["row"][real], VALIDATION)
+    annotate(experience, compute, module.rollout.batch_size, module.device)
     kl = experience["difference"].sum(1)
     rewards = experience.get("rewards", {})
     return [

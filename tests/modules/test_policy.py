@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,14 +15,25 @@ from torch import Tensor
 
 from lit_palm.data import DemonstrationData
 from lit_palm.models.base import ScalarNetwork
-from lit_palm.modules import LitPolicy
+from lit_palm.modules import LitPolicy, evaluation
 from lit_palm.modules.checkpoint import load_network
+from lit_palm.modules.language_model import language_model_output
 from lit_palm.modules.reward_model import last_scores
 from lit_palm.objectives import Objective
 from lit_palm.rollout.rewards import PythonReward, Reward, RewardModel
 from lit_palm.rollout.sampling import Sampling
 from lit_palm.types import Experience, Loss, Output
-from tests.support import config, lower_case, policy, prompt_data, recorded, trainer, weights, write_jsonl
+from tests.support import (
+    config,
+    lower_case,
+    policy,
+    preference_policy,
+    prompt_data,
+    recorded,
+    trainer,
+    weights,
+    write_jsonl,
+)
 
 
 def letters(completions: list[str]) -> list[float]:
@@ -278,3 +291,33 @@ def test_what_cannot_work_is_refused_when_it_is_built(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"more than the network's context|more than the network's max_length"):
         module = policy(sampling=Sampling(max_new_tokens=60))
         trainer(tmp_path, max_epochs=1).fit(module, datamodule=prompt_data(tmp_path))
+
+
+def test_validation_may_be_greedy(tmp_path: Path) -> None:
+    module = preference_policy(sampling=Sampling(temperature=0, max_new_tokens=8))
+    (found,) = trainer(tmp_path).validate(module, datamodule=prompt_data(tmp_path), verbose=False)
+    assert found["val/kl"] == 0.0 and found["val/length"] > 0
+
+
+def test_weights_are_gathered_by_a_process_that_has_nothing_but_fillers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gathering waits for all processes: one that left it out would stop the others."""
+    entered = []
+
+    @contextmanager
+    def gathered(networks: Any) -> Iterator[None]:
+        entered.append(networks)
+        yield
+
+    monkeypatch.setattr(evaluation, "gathered", gathered)
+    batch = {"row": torch.tensor([-1]), "prompt_ids": [torch.tensor([65])], "prompts": ["A"], "columns": {}}
+    assert preference_policy().evaluate_prompts(batch) == []
+    assert len(entered) == 1
+
+
+def test_rows_too_long_for_the_network_are_refused_whether_they_share_a_prompt_or_not() -> None:
+    network = config(vocab_size=11, max_length=16).build()
+    tokens = torch.ones(2, 20, dtype=torch.long)
+    batch = Experience(tokens=tokens, mask=tokens > 0, loss_mask=torch.arange(20).expand(2, 20) > 15)
+    for group in ([0, 1], [0, 0]):
+        with pytest.raises(ValueError, match=r"20 tokens are more than max_length \(16\)"):
+            language_model_output(network, Experience(batch | {"group": torch.tensor(group)}))
