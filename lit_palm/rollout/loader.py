@@ -68,6 +68,7 @@ class RolloutLoader:
         self.position = 0
         self.buffer: Experience | None = None
         self.stopped = False
+        self._ended: int | None = None  # minibatches of a collection that was over when it was saved
 
     def __len__(self) -> int:
         return self.config.passes * (self.num_rows // self.config.minibatch_size)
@@ -75,7 +76,9 @@ class RolloutLoader:
     @property
     def num_batches(self) -> int:
         """Minibatches of the collection under way; `len()` of one that is not made yet."""
-        return len(self) if self.buffer is None else self.config.passes * self._batches_a_pass(self.buffer)
+        if self.buffer is None:
+            return self._ended or len(self)
+        return self.config.passes * self._batches_a_pass(self.buffer)
 
     def _batches_a_pass(self, buffer: Experience) -> int:
         # a collection of which nothing was kept is served as one minibatch without weight
@@ -145,7 +148,7 @@ class RolloutLoader:
         """Drop the collection under way, if any, and count it."""
         if self.buffer is not None or self.stopped:
             self.collection += 1
-        self.buffer, self.position, self.stopped = None, 0, False
+        self.buffer, self.position, self.stopped, self._ended = None, 0, False, None
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: Lightning would restore it too late. The data module keeps `snapshot` instead."""
@@ -167,6 +170,7 @@ class RolloutLoader:
             "position": position,
             "minibatch_size": self.config.minibatch_size,
             "num_rows": self.num_rows,
+            "num_batches": self.num_batches,
             "buffer": None,
             "stopped": self.stopped or over,
         }
@@ -193,6 +197,7 @@ class RolloutLoader:
         self.collection, self.position = int(state["collection"]), int(state["position"])
         self.buffer = Experience(state["buffer"]) if state["buffer"] is not None else None
         self.stopped = bool(state["stopped"])
+        self._ended = state.get("num_batches") if self.stopped else None
 
 
 def _blank(experience: Experience) -> Experience:

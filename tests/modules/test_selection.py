@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_palm.callbacks import RolloutWriter
 from lit_palm.rollout.engine import CachedEngine, Generation
@@ -45,6 +46,23 @@ def test_validation_at_the_end_of_a_short_epoch_is_not_left_out(tmp_path: Path) 
     assert seen == [6, 10, 12]
 
 
+@pytest.mark.parametrize("interval", [1.0, 0.5])
+def test_validation_that_is_due_in_a_short_epoch_is_not_lost_with_the_run(interval: float, tmp_path: Path) -> None:
+    def validations(resume: Path | None, *callbacks: Callback) -> list[int]:
+        module, seen = selective_policy(reject=False), []
+        original = module.on_validation_epoch_end
+        module.on_validation_epoch_end = lambda: (seen.append(module.trainer.global_step), original())[1]
+        run = trainer(tmp_path, max_epochs=3, val_check_interval=interval, callbacks=list(callbacks))
+        run.fit(module, datamodule=prompt_data(tmp_path), ckpt_path=resume)
+        return seen
+
+    saved = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    whole = validations(None, saved)
+    assert whole == ([6, 10, 12] if interval == 1.0 else [3, 6, 8, 10, 11, 12])
+    for step in (3, 6, 8, 9, 10):  # saved before the validation that is due there
+        assert validations(tmp_path / f"step={step}.ckpt") == [s for s in whole if s >= step], step
+
+
 def test_rejected_prompts_are_replaced_by_others(tmp_path: Path) -> None:
     module, steps = selective_policy(), Steps()
     run = trainer(tmp_path, max_epochs=2, callbacks=[steps, RolloutWriter(str(tmp_path / "rollouts"))])
@@ -70,8 +88,11 @@ def test_where_everything_is_rejected_it_says_so_and_moves_nothing(tmp_path: Pat
     module.objective.accept = lambda experience: torch.zeros(experience.num_rows, dtype=torch.bool)  # type: ignore[method-assign]
     before: dict[str, Any] = {}
     module.on_train_start = lambda: (before.update(weights(module)), type(module).on_train_start(module))[1]  # type: ignore[method-assign]
+    run = trainer(tmp_path, max_epochs=1, callbacks=[RolloutWriter(str(tmp_path / "rollouts"))])
     with pytest.warns(UserWarning, match="all completions of collection 0 were rejected by Selective"):
-        trainer(tmp_path, max_epochs=1).fit(module, datamodule=prompt_data(tmp_path))
+        run.fit(module, datamodule=prompt_data(tmp_path))
+    rows = [json.loads(line) for line in (tmp_path / "rollouts/collection-00000.jsonl").read_text().splitlines()]
+    assert len(rows) == 16 and not any(row["kept"] for row in rows)
     assert module.trainer.global_step == 6 and apart(before, weights(module)) == 0.0
 
 

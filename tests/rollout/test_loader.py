@@ -347,6 +347,7 @@ def test_a_loader_that_has_not_begun_is_restored_to_the_beginning() -> None:
         "position": 0,
         "minibatch_size": 4,
         "num_rows": 12,
+        "num_batches": 6,
         "buffer": None,
         "stopped": False,
     }
