@@ -50,9 +50,10 @@ class StepWeight:
                 self._terms = self._look_ahead(module, weight)
             parts = [term / self._terms[name].clamp(min=1e-8) for name, term in loss.total.items()]
             total = torch.stack(parts).sum()
-            # divided already: what is left to divide by is 1, over all micro-batches and ranks
+            # divided already: what is left to divide by is 1, over all micro-batches and ranks; 0 for an empty step
             share = 1 / module.trainer.world_size if first else 0.0
-            weight, shown = torch.tensor(share, dtype=torch.float32, device=total.device), total.detach()
+            counts = torch.stack([term > 0 for term in self._terms.values()]).any()
+            weight, shown = torch.where(counts, share, 0.0).to(total.device, torch.float32), total.detach()
         self.value = weight if self.value is None else self.value + weight
         return total, shown
 

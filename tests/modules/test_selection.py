@@ -14,7 +14,18 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_palm.callbacks import RolloutWriter
 from lit_palm.rollout.engine import CachedEngine, Generation
-from tests.support import apart, count_a, everything, policy, prompt_data, selective_policy, trainer, weights
+from lit_palm.types import Experience, Loss, Output
+from tests.support import (
+    Selective,
+    apart,
+    count_a,
+    everything,
+    policy,
+    prompt_data,
+    selective_policy,
+    trainer,
+    weights,
+)
 
 
 class Steps(Callback):
@@ -96,8 +107,21 @@ def test_where_everything_is_rejected_it_says_so_and_moves_nothing(tmp_path: Pat
     assert module.trainer.global_step == 6 and apart(before, weights(module)) == 0.0
 
 
-def test_a_collection_of_which_nothing_is_kept_moves_nothing(tmp_path: Path) -> None:
-    module = selective_policy(share=0.0, reject=False)
+class InTerms(Selective):
+    """The same with a loss of two terms, each with a weight of its own."""
+
+    def weight(self, experience: Experience) -> Any:
+        return {"tokens": super().weight(experience), "rows": experience["loss_mask"].any(1).sum()}
+
+    def loss(self, output: Output, experience: Experience) -> Loss:
+        assert output.logps is not None
+        return Loss({"tokens": super().loss(output, experience).total, "rows": -0.1 * output.logps.sum()})
+
+
+@pytest.mark.parametrize("objective", [Selective, InTerms])
+def test_a_collection_of_which_nothing_is_kept_moves_nothing(objective: type[Selective], tmp_path: Path) -> None:
+    module = selective_policy()
+    module.objective = objective(share=0.0, reject=False)
     run = trainer(tmp_path, max_epochs=1)
     before: dict[str, Any] = {}
     module.on_train_start = lambda: (before.update(weights(module)), type(module).on_train_start(module))[1]  # type: ignore[method-assign]
