@@ -86,8 +86,8 @@ class RolloutWriter(Callback):
 
     A line has `prompt`, `completion`, `ended`, `num_tokens`, `score`, `rewards` by name, `row`, `group` (the prompt's
     number), and `kept`: whether the objective learns from it. Where an objective rejects samples and others take their
-    place, those are written that took part; where it rejects everything, those of the last round. A collection that is sampled again, because a run was
-    interrupted, replaces its file.
+    place, those are written that took part; where it rejects everything, those of the last round. A collection that is
+    sampled again, because a run was interrupted, replaces its file.
 
     Args:
         folder: gets collection-00000.jsonl and so on.
