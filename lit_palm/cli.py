@@ -12,6 +12,7 @@ in the order given, and flags. A checkpoint never overrides any of them: it brin
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import re
@@ -81,7 +82,7 @@ def build_cli() -> type[Any]:
             """One line instead of pages of usage; `--help` has those."""
             if not self.exit_on_error or os.environ.get("LIT_PALM_TRACEBACK"):
                 super().error(message, ex)  # raises; a value that does not fit one type may fit the next
-            print(f"lit-palm: error: {_one_line(message)}", file=sys.stderr)
+            print(f"lit-palm: error: {_speaker(ex)}{_one_line(message)}", file=sys.stderr)
             self.exit(2)
 
     class SaveConfig(SaveConfigCallback):
@@ -142,6 +143,8 @@ _BESIDE = re.compile(
     r"Expected a <class 'NoneType'>|Expected a path but .* not accessible|Expected a dot import path string"
 )
 _UNKNOWN = re.compile(r"Expected a dot import path string: (\S+)")
+_CHOICE = re.compile(r"Expected a typing\.Literal\[(.*?)\](\. Got value: .*)?$")
+_OPTION = re.compile(r"Problem with given class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted")
 
 
 def _one_line(message: str) -> str:
@@ -159,8 +162,27 @@ def _one_line(message: str) -> str:
         reasons = [line for line in lines if line and not _BESIDE.match(line)]
         # of a union, the types that the value was never meant to be
         reasons = [r for r in reasons if not re.fullmatch(r"Expected a <class '\w+'>", r)] or reasons
-    text = "; ".join(dict.fromkeys(reasons)) or message.strip()
+        # of a value that may also be a list of such, the line that says which one does not fit
+        choices = [match for r in reasons if (match := _CHOICE.fullmatch(r))]
+        reasons = [r for r in reasons if not _CHOICE.fullmatch(r)]
+        for choice in dict.fromkeys(match[1] for match in choices):
+            got = next((match[2] for match in choices if match[1] == choice and match[2]), "")
+            reasons.append(f"Expected one of {choice}{got}")
+        if option := _OPTION.search(innermost):
+            reasons = [f"Option {option[2]!r} is not accepted", _accepted(*option.groups())]
+    text = "; ".join(filter(None, dict.fromkeys(reasons))) or message.strip()
     return f"{key}: {text}" if key else text
+
+
+def _accepted(class_path: str, option: str) -> str:
+    """Which arguments a class does take, the nearest first; "" when it cannot be found."""
+    module, _, name = class_path.rpartition(".")
+    cls = getattr(sys.modules.get(module), name, None)
+    if not isinstance(cls, type):
+        return ""
+    names = plugins.argument_names(cls)
+    near = difflib.get_close_matches(option, names, n=1)
+    return f"{f'did you mean {near[0]}? ' if near else ''}{name} takes {', '.join(names)}" if names else ""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -195,19 +217,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("LIT_PALM_TRACEBACK") or not _speaks_for_itself(error):
             raise
-        print(f"lit-palm: error: {_one_line(str(error))}", file=sys.stderr)
+        print(f"lit-palm: error: {_speaker(error)}{_one_line(str(error))}", file=sys.stderr)
         return 2
 
 
 def _speaks_for_itself(error: Exception) -> bool:
     """Whether an error was raised for the user's eyes; anything from deeper down keeps its traceback."""
-    files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    frames = [*traceback.extract_tb(error.__traceback__)]
+    files = [Path(frame.filename) for frame in frames]
     if type(error).__name__ == "MisconfigurationException":  # Lightning, about its flags
         return True
     parsing = any("jsonargparse" in file.parts for file in files)
     if isinstance(error, ValueError) and (parsing or "lightning" in files[-1].parts):
         return True  # a flag that does not fit the data; an argument that a class refuses
-    return isinstance(error, ValueError | OSError | RuntimeError) and Path(__file__).parent in files[-1].parents
+    if isinstance(error, ValueError | OSError | RuntimeError) and Path(__file__).parent in files[-1].parents:
+        return True
+    # A plugin that refuses says so; an error in its arithmetic, which torch raises, is for its author.
+    refused = isinstance(error, ValueError) and (frames[-1].line or "").startswith("raise ")
+    return refused and _plugin_at_fault(error) is not None
+
+
+def _plugin_at_fault(error: BaseException) -> object | None:
+    """The innermost objective, reward, network configuration or engine whose own package raised an error."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    package = str(frames[-1].f_globals.get("__name__", "")).partition(".")[0]
+    for frame in reversed(frames):
+        this = frame.f_locals.get("self")
+        if any(cls.__module__.partition(".")[0] == package for cls in type(this).__mro__) and plugins.is_plugin(this):
+            return this
+    return None
+
+
+def _speaker(error: BaseException | None) -> str:
+    """The class whose argument is refused, where the message does not name it: several may have a `beta`."""
+    while error is not None and error.__cause__ is not None and _is_parsers(error):
+        error = error.__cause__  # the parser tells it again, once for each class around it
+    this = _plugin_at_fault(error) if error is not None and error.__traceback__ is not None else None
+    name = type(this).__name__
+    return "" if this is None or re.search(rf"\b{name}\b", str(error)) else f"{name}: "
+
+
+def _is_parsers(error: BaseException) -> bool:
+    return "jsonargparse" in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts
 
 
 if __name__ == "__main__":

@@ -457,6 +457,47 @@ def test_a_defect_of_ours_keeps_its_traceback(lit_palm: Run, monkeypatch: pytest
         lit_palm("fit", "--config", "lm.yaml", "--data.train", "nowhere.jsonl")
 
 
+PICKY = """
+from lit_palm import PPO
+
+class Picky(PPO):
+    API_VERSION = 1
+    def __init__(self, beta: float = 0.1, sober: bool = True) -> None:
+        super().__init__()
+        if beta < 0:
+            raise ValueError(f"beta must not be negative, got {beta}")
+        self.sober = sober
+    def num_kept(self, num_prompts: int, completions: int) -> int:
+        if not self.sober:
+            return int("many")
+        raise ValueError(f"rollout.completions_per_prompt is {completions}: use 2 or more")
+"""
+
+
+def test_what_a_class_of_another_package_refuses_is_one_line_that_names_it(
+    lit_palm: Run, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "picky.py").write_text(PICKY)
+    monkeypatch.syspath_prepend(str(here))
+    objective = ("fit", "--config", "ppo.yaml", "--model.objective", "picky.Picky")
+    try:
+        assert wrong(lit_palm, *objective, "--model.objective.beta=-1").startswith("Picky: beta must not be negative")
+        assert wrong(lit_palm, *objective).startswith("Picky: rollout.completions_per_prompt is 1: use 2")
+        message = wrong(lit_palm, *objective, "--model.objective.betta=1")
+        assert "Option 'betta' is not accepted; did you mean beta? Picky takes beta, sober" in message
+        message = wrong(lit_palm, *objective[:3], "--model.objective=pickle_y.Picky")
+        assert re.search(r"model\.objective: pickle_y\.Picky cannot be imported .*PYTHONPATH$", message)
+        with pytest.raises(ValueError, match="invalid literal"):  # a slip, which is for its author
+            lit_palm(*objective, "--model.objective.sober=false")
+    finally:
+        sys.modules.pop("picky", None)
+
+
+def test_choices_are_named_once(lit_palm: Run) -> None:
+    message = wrong(lit_palm, "fit", "--config", "ppo.yaml", "--model.objective.scale_reward=sometimes")
+    assert re.search(r"model\.objective\.scale_reward: Expected one of 'none', .*\. Got value: sometimes$", message)
+
+
 # ------------------------------------------------------------------------------------------ as a program
 
 

@@ -12,19 +12,21 @@ named on stderr with its distribution, version and cause, and again in the error
 `LIT_PALM_PLUGINS=DPO,GRPO` limits loading to those names; set but empty, it turns every plugin off.
 """
 
-from lit_palm.plugins.checking import check_class
+from lit_palm.plugins.checking import check_class, is_plugin
 from lit_palm.plugins.loading import explain, load, load_named, plugin_table, unknown_message
 from lit_palm.plugins.registry import GROUPS, Plugin, PluginError, discover
-from lit_palm.plugins.report import format_table, main
+from lit_palm.plugins.report import argument_names, format_table, main
 
 __all__ = [
     "GROUPS",
     "Plugin",
     "PluginError",
+    "argument_names",
     "check_class",
     "discover",
     "explain",
     "format_table",
+    "is_plugin",
     "load",
     "load_named",
     "main",

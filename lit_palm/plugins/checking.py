@@ -14,7 +14,7 @@ from typing import Any
 
 from lit_palm.plugins.registry import GROUPS, Plugin, PluginError, group_of, is_builtin
 
-__all__ = ["check", "check_all", "check_class"]
+__all__ = ["check", "check_all", "check_class", "is_plugin"]
 
 
 def _import(value: str) -> Any:
@@ -81,6 +81,11 @@ def _describe(error: BaseException) -> str:
 
 def _is_member(group: str, cls: Any) -> bool:
     return isinstance(cls, type) and issubclass(cls, _import(GROUPS[group][1]))
+
+
+def is_plugin(thing: object) -> bool:
+    """Whether something is an objective, reward, network configuration or engine, whoever brought it."""
+    return any(_is_member(group, type(thing)) for group in GROUPS)
 
 
 def _refusal(plugin: Plugin, cls: Any) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
 import re
 import sys
@@ -164,5 +165,20 @@ def explain(message: str) -> str:
     same = [plugin for plugin in discover() if plugin.name == name and plugin.group in GROUPS]
     if any(check(plugin) is not None for plugin in same if not by_key or plugin.group in by_key):
         return ""  # the class is fine, its arguments are not
+    if "." in asked and not same:
+        return _explain_path(asked)
     groups = by_key or [plugin.group for plugin in same]
     return "\n".join(unknown_message(group, name) for group in dict.fromkeys(groups))
+
+
+def _explain_path(path: str) -> str:
+    """Why a class path that is no plugin's does not lead to a class; "" when it does, and something else is wrong."""
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (Exception, SystemExit) as error:
+        return (
+            f"{path} cannot be imported ({type(error).__name__}: {' '.join(str(error).split())}): check the path, and "
+            "that its folder is on PYTHONPATH"
+        )
+    return "" if isinstance(found, type) else f"{path} is no class"

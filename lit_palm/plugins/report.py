@@ -21,7 +21,7 @@ from typing import Any
 from lit_palm.plugins.loading import load, plugin_table
 from lit_palm.plugins.registry import Plugin, PluginError
 
-__all__ = ["describe", "format_table", "main"]
+__all__ = ["argument_names", "describe", "format_table", "main"]
 
 COLUMNS = ("name", "kind", "distribution", "version", "api", "health")
 
@@ -97,6 +97,11 @@ def _describe_class(group: str, cls: type, table: Sequence[Plugin]) -> str:
     doc = re.sub(r"^Args:\n(?:[ ]+.*\n?|\n(?=[ ]))*", "", inspect.getdoc(cls) or "(no docstring)", flags=re.MULTILINE)
     arguments = [line for parameter, text in _arguments(cls) for line in (_signature(parameter), *_wrap(text))]
     return "\n".join([title, "", doc.strip(), "", "Arguments:", *(arguments or ["  (none)"])])
+
+
+def argument_names(cls: type) -> list[str]:
+    """What the constructor of a class takes, in the order of its signature."""
+    return [parameter.name for parameter, _ in _arguments(cls)]
 
 
 def _arguments(cls: type) -> list[tuple[inspect.Parameter, str]]:
