@@ -7,6 +7,7 @@ of the round is in every checkpoint, and so is the round under way.
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -72,8 +73,13 @@ class RejectionSampling(Objective):
         percentiles = [50.0, 75.0, 90.0] if percentiles is None else percentiles
         if not percentiles or any(not 0 <= p <= 100 for p in percentiles):
             raise ValueError(f"percentiles must be numbers from 0 to 100, one a round, got {percentiles}")
-        if kl_coef < 0:
-            raise ValueError(f"kl_coef must not be negative, got {kl_coef}")
+        if keep != "top_k" and top_k != 1:
+            raise ValueError(f"top_k is for keep: top_k; with keep: {keep} leave it out")
+        if not math.isfinite(threshold):
+            raise ValueError(f"threshold must be a finite number, got {threshold}")
+        for name, price in (("kl_coef", kl_coef), ("missing_eos_penalty", missing_eos_penalty)):
+            if not 0 <= price < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, got {price}")
         self.keep, self.top_k, self.percentiles, self.threshold = keep, top_k, percentiles, threshold
         self.max_per_prompt, self.distinct, self.require_end = max_per_prompt, distinct, require_end
         self.missing_eos_penalty, self.kl_coef, self.average = missing_eos_penalty, kl_coef, average

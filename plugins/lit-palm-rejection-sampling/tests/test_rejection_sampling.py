@@ -83,8 +83,9 @@ def by_hand(rows: list[dict[str, Any]], objective: RejectionSampling, percentile
 def test_what_is_kept_is_what_a_loop_keeps(
     scores: list[list[float]], keep: Any, distinct: bool, require_end: bool, limit: int | None, seed: int
 ) -> None:
-    options: dict[str, Any] = {"percentiles": [30.0, 60.0]} if keep == "percentile" else {}
-    objective = RejectionSampling(keep, 2, threshold=1.0, max_per_prompt=limit, distinct=distinct,
+    choices: dict[str, dict[str, Any]] = {"percentile": {"percentiles": [30.0, 60.0]}, "top_k": {"top_k": 2}}
+    options = choices.get(keep, {})
+    objective = RejectionSampling(keep, threshold=1.0, max_per_prompt=limit, distinct=distinct,
                                   require_end=require_end, **options)  # fmt: skip
     texts = [[2 * (i % 3) + 7 * (seed % 2) for i in range(len(row))] for row in scores]
     experience = round_of([[float(s) for s in row] for row in scores], texts, seed)
@@ -173,6 +174,10 @@ def test_the_loss_is_the_likelihood_of_a_loop(average: Any) -> None:
         ({"keep": "percentile", "percentiles": [50.0, 101.0]}, "0 to 100"),
         ({"keep": "percentile", "percentiles": []}, "0 to 100"),
         ({"kl_coef": -1.0}, "kl_coef"),
+        ({"kl_coef": float("nan")}, "kl_coef"),
+        ({"missing_eos_penalty": -1.0}, "missing_eos_penalty"),
+        ({"keep": "threshold", "threshold": float("nan")}, "threshold"),
+        ({"top_k": 3}, "top_k is for keep: top_k; with keep: best"),
         ({"average": "batch"}, "average is 'batch'"),
     ],
 )
