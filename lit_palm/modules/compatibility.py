@@ -12,6 +12,9 @@ from lit_palm.objectives.base import Kind, Need, Objective
 
 __all__ = ["check_objective", "check_resumable", "config_of"]
 
+MODULES: dict[str, str] = {"language_model": "LitLanguageModel", "reward": "LitRewardModel", "policy": "LitPolicy"}
+"""Which module runs objectives of a kind."""
+
 
 def check_objective(objective: Objective, module: str, kind: Kind) -> None:
     """Refuse an objective that a module cannot run.
@@ -25,10 +28,14 @@ def check_objective(objective: Objective, module: str, kind: Kind) -> None:
         ValueError: the objective is of another kind, or needs what nothing provides.
     """
     name = type(objective).__name__
+    if objective.kind not in MODULES:
+        raise ValueError(
+            f"{name} is of kind {objective.kind!r}, which nothing runs: choose one of {', '.join(MODULES)}"
+        )
     if objective.kind != kind:
         raise ValueError(
             f"{module} runs objectives of kind {kind!r}; {name} is of kind {objective.kind!r}: use "
-            f"Lit{''.join(w.title() for w in objective.kind.split('_'))}"
+            f"{MODULES[objective.kind]}"
         )
     unknown = sorted(objective.needs - set(get_args(Need)))
     if unknown:

@@ -201,10 +201,10 @@ class LitModule(LightningModule):
         """The objective's summed loss of a micro-batch.
 
         Raises:
-            ValueError: the data lacks a field that the objective reads.
+            ValueError: the data lacks a field that the objective reads, or it returns something else than a Loss.
         """
         try:
-            return self.objective.loss(output, batch)
+            loss = self.objective.loss(output, batch)
         except KeyError as error:
             if error.args[0] in batch:
                 raise
@@ -212,6 +212,12 @@ class LitModule(LightningModule):
                 f"{type(self.objective).__name__} needs the field {error} in every batch; this data gives "
                 f"{', '.join(batch)}: use a data module and columns that it was written for"
             ) from error
+        if not isinstance(loss, Loss):
+            raise ValueError(
+                f"{type(self.objective).__name__}.loss() returned a {type(loss).__name__}: it must return "
+                "lit_palm.Loss(sum over the rows, metrics)"
+            )
+        return loss
 
     def account(self, loss: Loss, batch: Experience) -> Tensor:
         """Add a micro-batch's weight to the optimiser step's, log its metrics, and give the scalar to differentiate."""

@@ -47,8 +47,9 @@ class RolloutLoader:
         size = config.minibatch_size
         if num_rows < 1 or num_rows % size:
             raise ValueError(
-                f"a collection has {num_rows} rows, which rollout.minibatch_size {size} does not divide: choose one "
-                "that does"
+                f"a collection has {num_rows} rows to learn from ({config.num_prompts} prompts with "
+                f"{config.completions_per_prompt} completions, of which the objective may drop some), which "
+                f"rollout.minibatch_size {size} does not divide: choose one that does"
             )
         if grouped and num_rows % config.num_prompts:
             raise ValueError(

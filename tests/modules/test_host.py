@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from lit_palm.objectives import PPO
+from lit_palm.objectives import PPO, LanguageModeling
 from tests.support import (
     apart,
     config,
@@ -186,3 +186,22 @@ def test_a_need_that_nothing_provides_is_named() -> None:
 
     with pytest.raises(ValueError, match=r"Wishful needs 'critic', which nothing provides: needs may hold rollouts, "):
         policy(objective=Wishful())
+
+
+def test_a_kind_that_nothing_runs_is_named() -> None:
+    class Misspelt(PPO):
+        kind = "polcy"
+
+    with pytest.raises(ValueError, match=r"Misspelt is of kind 'polcy', which nothing runs: choose one of language_m"):
+        policy(objective=Misspelt())
+    with pytest.raises(ValueError, match=r"LitLanguageModel runs .* PPO is of kind 'policy': use LitPolicy"):
+        language_model(objective=PPO())
+
+
+def test_a_loss_that_is_no_loss_is_named(tmp_path: Path) -> None:
+    class Bare(LanguageModeling):
+        def loss(self, output: Any, experience: Any) -> Any:
+            return super().loss(output, experience).total
+
+    with pytest.raises(ValueError, match=r"Bare.loss\(\) returned a Tensor: it must return lit_palm.Loss"):
+        fit(tmp_path, language_model(objective=Bare()), text_data(tmp_path), max_steps=1)
