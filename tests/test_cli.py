@@ -399,7 +399,7 @@ REWARD = ("--model.rewards+=PythonReward", "--model.rewards.function")
         ("ppo.yaml --trainer.reload_dataloaders_every_n_epochs 1", r"trainer\.reload_dataloaders_every_n_epochs"),
         ("ppo.yaml --model.sampling.max_new_tokens 0", r"sampling\.max_new_tokens is 0: use at least 1"),
         ("ppo.yaml --model.sampling.max_new_tokens 64", "prompt 0 has .* tokens, with 64 new ones more than"),
-        ("ppo.yaml --model.rollout.minibatch_size 3", r"8 rows, which rollout\.minibatch_size 3 does not divide"),
+        ("ppo.yaml --model.rollout.minibatch_size 3", r"8 rows .*, which rollout\.minibatch_size 3 does not divide"),
         ("ppo.yaml --model.rollout.passes 0", r"rollout\.passes must be at least 1"),
         ("ppo.yaml --model.objective.clip 0", "clip must be positive, got 0"),
         ("nowhere.yaml", r"config: File does not exist: .*nowhere\.yaml"),
