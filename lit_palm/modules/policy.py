@@ -93,6 +93,10 @@ class LitPolicy(LitModule):
             )
         if precompute_reference and reference_update is not None:
             raise ValueError("model.precompute_reference and model.reference_update exclude each other: choose one")
+        if precompute_reference and "reference" not in self.objective.needs:
+            raise ValueError(
+                f"model.precompute_reference: {type(self.objective).__name__} needs no reference: leave it out"
+            )
         if precompute_reference and "rollouts" in self.objective.needs:
             raise ValueError(
                 f"model.precompute_reference: {type(self.objective).__name__} samples its completions, so there is "

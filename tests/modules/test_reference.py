@@ -16,6 +16,7 @@ from lit_palm.modules.policy import LitPolicy
 from lit_palm.modules.reference import ReferenceUpdate
 from lit_palm.rollout.sampling import Sampling
 from tests.support import (
+    Selective,
     apart,
     config,
     everything,
@@ -103,6 +104,7 @@ def test_the_reference_in_advance_is_the_starting_point_not_the_policy(tmp_path:
     "options, match",
     [
         ({"precompute_reference": True, "reference_update": ReferenceUpdate()}, "exclude each other"),
+        ({"objective": Selective(), "rewards": policy().rewards, "precompute_reference": True}, "needs no reference"),
         ({"objective": policy().objective, "rewards": policy().rewards, "precompute_reference": True}, "PPO samples"),
     ],
 )
