@@ -41,6 +41,7 @@ from lit_palm import (
     RolloutConfig,
     Sampling,
 )
+from tests.benchmarks import speed
 
 
 @dataclass
@@ -171,27 +172,11 @@ def our_grpo(shape: Shape, precision: str, folder: Path) -> float:
 
 
 def llama(shape: Shape, folder: Path) -> Any:
-    """transformers' Llama of equal size, tied embeddings, one key/value head; TRL reads the reference there."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """The peer's network, by way of a folder that TRL reads the reference from."""
+    from transformers import LlamaForCausalLM
 
-    torch.manual_seed(0)
-    made = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=ByteTokenizer().vocab_size,
-            hidden_size=shape.d_model,
-            intermediate_size=4 * shape.d_model,
-            num_hidden_layers=shape.num_layers,
-            num_attention_heads=shape.num_heads,
-            num_key_value_heads=1,
-            head_dim=shape.d_model // shape.num_heads,
-            tie_word_embeddings=True,
-            max_position_embeddings=512,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
-    )
-    made.save_pretrained(folder / "llama")
+    size = speed.Shape(shape.d_model, shape.num_layers, shape.num_heads, ByteTokenizer().vocab_size)
+    speed.llama(size, eos_token_id=2).save_pretrained(folder / "llama")
     return LlamaForCausalLM.from_pretrained(folder / "llama", dtype=torch.float32)
 
 

@@ -95,29 +95,28 @@ def in_turn(ours: Callable[[], object], peer: Callable[[], object], repeats: int
 # ---------------------------------------------------------------- peers
 
 
-def llama(shape: Shape) -> torch.nn.Module | None:
-    """transformers' Llama of equal size: tied embeddings, one key/value head."""
+def llama(shape: Shape, **changes: Any) -> Any:
+    """transformers' Llama of equal size: tied embeddings, one key/value head; None where it is not installed."""
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError:
         return None
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=shape.vocab_size,
-            hidden_size=shape.d_model,
-            intermediate_size=4 * shape.d_model,
-            num_hidden_layers=shape.num_layers,
-            num_attention_heads=shape.num_heads,
-            num_key_value_heads=1,
-            head_dim=shape.d_model // shape.num_heads,
-            tie_word_embeddings=True,
-            max_position_embeddings=2048,
-            bos_token_id=1,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    )
+    options: dict[str, Any] = {
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.d_model,
+        "intermediate_size": 4 * shape.d_model,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": 1,
+        "head_dim": shape.d_model // shape.num_heads,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 2048,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**options, **changes}))
 
 
 def palm_rlhf(shape: Shape) -> torch.nn.Module | None:

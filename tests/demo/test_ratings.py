@@ -85,7 +85,6 @@ def test_offline_with_an_empty_cache_is_one_clear_error(
 
 
 def test_downloads_through_pip_once(make_archive, tmp_path: Path, offline, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("setuptools", reason="without it pip wants to download a build environment")
     archive = make_archive()
     offline(str(archive.parent))
     monkeypatch.setenv("FIXTURE_MARK", str(tmp_path / "mark"))

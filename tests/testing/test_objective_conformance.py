@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import defects
+import kit_runs
 import pytest
 
 from lit_palm.objectives import PPO, LanguageModeling, RewardRanking, RewardRegression
@@ -30,18 +31,7 @@ def name_of(factory: Any) -> str:
     return cls.__name__ + "".join(f"-{name}" for name in given)
 
 
-def failures(factory: Factory, kit: type = ObjectiveChecks, **attributes: Any) -> dict[str, str]:
-    """The checks of a kit that fail, with what they say."""
-    tests, failed = type("Kit", (kit,), attributes)(), {}
-    for name in dir(tests):
-        if name.startswith("test_"):
-            try:
-                getattr(tests, name)(factory)
-            except pytest.skip.Exception:
-                pass
-            except Exception as error:
-                failed[name] = str(error)
-    return failed
+failures = functools.partial(kit_runs.failures, kit=ObjectiveChecks)
 
 
 # ------------------------------------------------------------------------------------------ sound ones pass

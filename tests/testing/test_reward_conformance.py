@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import kit_runs
 import pytest
 import torch
 from torch import Tensor, nn
@@ -33,18 +34,7 @@ from lit_palm.testing import RewardConformance
 Factory = Callable[..., Reward]
 
 
-def failures(factory: Any, **attributes: Any) -> dict[str, str]:
-    """The checks that fail, with what they say."""
-    tests, failed = type("Kit", (RewardConformance,), attributes)(), {}
-    for name in dir(tests):
-        if name.startswith("test_"):
-            try:
-                getattr(tests, name)(factory)
-            except pytest.skip.Exception:
-                pass
-            except Exception as error:
-                failed[name] = str(error)
-    return failed
+failures = functools.partial(kit_runs.failures, kit=RewardConformance)
 
 
 # ------------------------------------------------------------------------------------------ sound ones pass
