@@ -92,7 +92,8 @@ def main(argv: Sequence[str]) -> int:
     """Run `lit-palm generate`."""
     from lit_palm.data.templates import encode_chat
     from lit_palm.models.base import Network
-    from lit_palm.modules.checkpoint import load_checkpoint_tokenizer, load_network
+    from lit_palm.modules.checkpoint import load_checkpoint_tokenizer
+    from lit_palm.modules.weights import load_network
     from lit_palm.rollout.engine import CachedEngine
     from lit_palm.rollout.sampling import row_seeds
 

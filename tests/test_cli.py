@@ -21,7 +21,8 @@ import yaml
 
 from lit_palm.cli import main
 from lit_palm.modules import LitLanguageModel
-from lit_palm.modules.checkpoint import load_network, read_checkpoint
+from lit_palm.modules.checkpoint import read_checkpoint
+from lit_palm.modules.weights import load_network
 from lit_palm.plugins import discover
 from tests.support import make_stages, same, write_jsonl
 

@@ -16,7 +16,10 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lit_palm.models.weights import Fresh, fill, fresh_seed, local
 
 __all__ = ["Cache", "Head", "Network", "NetworkConfig", "ScalarNetwork"]
 
@@ -111,6 +114,14 @@ class Network(nn.Module, ABC):
     def blocks(self) -> list[nn.Module]:
         """The repeated blocks, in order: what sharding wraps and activation checkpointing recomputes."""
 
+    in_parts: ClassVar[bool] = False
+    """Whether the network can be made without ever being whole: built on the meta device it holds nothing but what
+    `initial_std` describes. One that cannot is made whole on every process before it is sharded."""
+
+    def initial_std(self, name: str) -> float | None:
+        """How a fresh weight is drawn: N(0, std^2); 0 gives zeros, None ones. For networks that come `in_parts`."""
+        raise AssertionError("a network that comes in parts says how its weights are drawn")
+
 
 class ScalarNetwork(nn.Module):
     """A network with a scalar head: a reward model or a value network.
@@ -135,15 +146,20 @@ class ScalarNetwork(nn.Module):
             raise ValueError(f"pooling is {pooling!r}: choose last or mean")
         self.trunk = trunk
         self.pooling = pooling
-        self.head = nn.Linear(trunk.config.d_model, 1)
+        self.head = nn.utils.skip_init(nn.Linear, trunk.config.d_model, 1, device=torch.get_default_device())
         self.register_buffer("offset", torch.zeros((), dtype=torch.float32))
         self.register_buffer("scale", torch.ones((), dtype=torch.float32))
         self.init_head()
 
-    def init_head(self) -> None:
-        """Initialise the scalar head."""
-        nn.init.normal_(self.head.weight, std=(self.head.in_features + 1) ** -0.5)
-        nn.init.zeros_(self.head.bias)
+    def init_head(self, seed: int | None = None) -> None:
+        """Initialise the scalar head; without a seed, with one drawn from torch's generator."""
+        fill(self, Fresh(self, fresh_seed() if seed is None else seed), only=("head.weight", "head.bias"))
+
+    def initial_std(self, name: str) -> float | None:
+        """How a fresh weight is drawn; see `Network.initial_std`."""
+        if name.startswith("trunk."):
+            return self.trunk.initial_std(name.removeprefix("trunk."))
+        return {"head.weight": (self.head.in_features + 1) ** -0.5, "scale": None}.get(name, 0.0)
 
     def forward(
         self,
@@ -157,7 +173,7 @@ class ScalarNetwork(nn.Module):
         """Scalar at every position: [B, T] in float32; arguments as for `Network.forward`."""
 
         def head(hidden: Tensor, weight: Tensor, logit_scale: float) -> Tensor:
-            return self.head(hidden).squeeze(-1)
+            return F.linear(hidden, local(self.head.weight), local(self.head.bias)).squeeze(-1)
 
         raw: Tensor = self.trunk(tokens, mask=mask, positions=positions, documents=documents, head=head).float()
         if self.pooling == "mean":

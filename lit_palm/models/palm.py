@@ -1,4 +1,4 @@
-"""PaLM (Chowdhery et al. 2022), one file that reads top to bottom: configuration, cache, block, network.
+"""PaLM (Chowdhery et al. 2022), one file that reads top to bottom: configuration, block, network.
 
 Every block is y = x + Attention(norm(x)) + SwiGLU(norm(x)): attention and feed-forward read the same bias-free
 LayerNorm, so that one matrix multiplication makes queries, keys, values and both halves of the feed-forward. All query
@@ -24,10 +24,13 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 from torch.utils.checkpoint import checkpoint
 
 from lit_palm.models.base import Cache, Head, Network, NetworkConfig
+from lit_palm.models.cache import PaLMCache
 from lit_palm.models.kernels import split_swiglu, thin_linear
+from lit_palm.models.weights import Fresh, fill, fresh_seed, local
 from lit_palm.types import has_float64
 
 __all__ = ["PaLM", "PaLMCache", "PaLMConfig"]
@@ -119,57 +122,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Names for `PaLMConfig.preset`; the two smallest fit a laptop, the others are the paper's."""
 
 
-class PaLMCache(Cache):
-    """Keys and values in memory allocated once; slots beyond `length` hold garbage that nothing reads.
-
-    Attributes:
-        layers: keys and values of each block, both [rows, K, slots, Dh]; made when the first tokens arrive, in their
-            dtype, which autocast and sharding may have changed.
-        bias: [rows, slots] added to attention scores, -inf at left padding; None while no row is padded.
-        next_position: [rows] position of the next token; None while it is `length` for every row.
-    """
-
-    def __init__(self, num_slots: int) -> None:
-        self.num_slots = num_slots
-        self.layers: list[tuple[Tensor, Tensor]] = []
-        self.length = 0
-        self.bias: Tensor | None = None
-        self.next_position: Tensor | None = None
-
-    def append(self, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a block's new keys and values, both [rows, K, T, Dh]; all of them so far, [rows, K, length + T, Dh]."""
-        rows, heads, width, head_dim = k.shape
-        end = self.length + width
-        assert end <= self.num_slots, "the cache is full: make it longer"
-        if index == len(self.layers):
-            shape = (rows, heads, self.num_slots, head_dim)
-            self.layers.append((k.new_empty(shape), k.new_empty(shape)))
-        keys, values = self.layers[index]
-        keys[:, :, self.length : end] = k
-        values[:, :, self.length : end] = v
-        return keys[:, :, :end], values[:, :, :end]
-
-    def pad(self, mask: Tensor, dtype: torch.dtype) -> None:
-        """Record which of the tokens that come next are padding (mask [rows, T], False there)."""
-        rows, width = mask.shape
-        if self.bias is None or self.next_position is None:
-            self.bias = torch.zeros(rows, self.num_slots, dtype=dtype, device=mask.device)
-            self.next_position = torch.full((rows,), self.length, device=mask.device)
-        self.bias[:, self.length : self.length + width].masked_fill_(~mask, -math.inf)
-
-    def select(self, rows: Tensor) -> None:
-        """Keep the given rows; see `Cache.select`. Only slots in use are copied."""
-
-        def pick(old: Tensor) -> Tensor:
-            new = old.new_empty(len(rows), *old.shape[1:])
-            new[:, :, : self.length] = old[:, :, : self.length].index_select(0, rows)
-            return new
-
-        self.layers = [(pick(k), pick(v)) for k, v in self.layers]
-        if self.bias is not None and self.next_position is not None:
-            self.bias, self.next_position = self.bias[rows], self.next_position[rows]
-
-
 class Linear(nn.Linear):
     """A bias-free linear map that is also quick for the few rows of a decoding step."""
 
@@ -180,6 +132,16 @@ class Linear(nn.Linear):
         return thin_linear(x, self.weight)
 
 
+class Norm(nn.LayerNorm):
+    """A bias-free LayerNorm, whose weight may be spread over processes that all normalise alike."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__(width, eps=eps, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, local(self.weight), None, self.eps)
+
+
 class QKNorm(nn.Module):
     """Normalises each head of queries or keys; see `PaLMConfig.qk_norm`."""
 
@@ -187,13 +149,18 @@ class QKNorm(nn.Module):
         super().__init__()
         self.kind, self.eps = kind, eps
         self.weight = nn.Parameter(torch.ones(head_dim if kind == "l2" else (num_heads, head_dim)))
+        self.shared = False
+        """Heads of other processes are normalised by this weight too, so its gradients are to be summed."""
+        self.head: int | None = None
+        """The one head of several that this process has, where each has a weight of its own."""
 
     def forward(self, x_BTHDh: Tensor) -> Tensor:
         if self.kind == "l2":
             normed = F.normalize(x_BTHDh, dim=-1)
         else:
             normed = F.layer_norm(x_BTHDh, x_BTHDh.shape[-1:], eps=self.eps)
-        return normed * self.weight
+        weight = local(self.weight, self.shared)
+        return normed * (weight if self.head is None else weight[self.head])
 
 
 def rotate(x_BTHDh: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -212,7 +179,8 @@ class Block(nn.Module):
         self.index, self.dropout, self.xpos = index, config.dropout, config.xpos
         self.num_heads, self.num_kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.sizes = ((heads + kv_heads) * head_dim, kv_heads * head_dim, d_ffn, d_ffn)  # q and k, v, gate, up
-        self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=False)
+        self.recompute = config.activation_checkpointing
+        self.norm = Norm(config.d_model, config.norm_eps)
         self.attn_ffn_in = Linear(config.d_model, sum(self.sizes))
         self.attn_out = Linear(heads * head_dim, config.d_model)
         self.ffn_out = Linear(d_ffn, config.d_model)
@@ -223,15 +191,32 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, ...], bias: Tensor | None, cache: PaLMCache | None) -> Tensor:
         """[B, T, D] -> [B, T, D]; `rope` and `bias` come from `PaLM.forward`; the cache takes the keys and values."""
+        # recomputed in here rather than around the block: a sharded block is then gathered once for both
+        if self.recompute and self.training and torch.is_grad_enabled():
+            result: Tensor = checkpoint(self.compute, x_BTD, rope, bias, cache, use_reentrant=False)
+            return result
+        return self.compute(x_BTD, rope, bias, cache)
+
+    def compute(self, x_BTD: Tensor, rope: tuple[Tensor, ...], bias: Tensor | None, cache: PaLMCache | None) -> Tensor:
+        """What `forward` gives."""
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
-        qk, v, hidden = split_swiglu(self.attn_ffn_in(self.norm(x_BTD)), self.sizes)
-        if qk.stride(-1) != 1:  # thin_linear's layout, which suits the feed-forward but not attention
-            qk, v = qk.contiguous(), v.contiguous()
+        qk, v, hidden = self.project(self.norm(x_BTD))
         q, k = self.queries_and_keys(qk.view(heads), rope)
-        out = self.attn_out(self.attend(q, k, v.view(heads), bias, cache)) + self.ffn_out(hidden)
+        out = self.join(self.attend(q, k, v.view(heads), bias, cache), hidden)
         if self.training and self.dropout:
             out = F.dropout(out, self.dropout)
         return x_BTD + out
+
+    def project(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
+        """Queries and keys [B, T, (H+K) * Dh], values [B, T, K * Dh], and the feed-forward's inner values."""
+        qk, v, hidden = split_swiglu(self.attn_ffn_in(x_BTD), self.sizes)
+        if qk.stride(-1) != 1:  # thin_linear's layout, which suits the feed-forward but not attention
+            qk, v = qk.contiguous(), v.contiguous()
+        return qk, v, hidden
+
+    def join(self, attended: Tensor, hidden: Tensor) -> Tensor:
+        """[B, T, D] from both halves."""
+        return self.attn_out(attended) + self.ffn_out(hidden)
 
     def queries_and_keys(self, qk: Tensor, rope: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Split [B, T, H+K, Dh], normalise and rotate; one pass over both when they are treated alike."""
@@ -279,6 +264,7 @@ class PaLM(Network):
 
     config: PaLMConfig
     takes_prefixes = True
+    in_parts = True
 
     def __init__(self, config: PaLMConfig) -> None:
         super().__init__()
@@ -286,25 +272,30 @@ class PaLM(Network):
             raise ValueError("PaLMConfig.vocab_size is not set: give it, or build through a module with a tokeniser")
         self.config = config
         self.logit_scale = config.d_model**-0.5 if config.logit_scale is None else config.logit_scale
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
-        self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=False)
+        device = torch.get_default_device()
+        with torch.device("meta"):  # weights are drawn once, by init_weights
+            self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+            self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+            self.norm = Norm(config.d_model, config.norm_eps)
         self._tables: tuple[Tensor, ...] = ()
+        self.to_empty(device=device)
         self.init_weights()
 
-    @torch.no_grad()
-    def init_weights(self) -> None:
+    def init_weights(self, seed: int | None = None) -> None:
         """All initialisation (the paper's section 5): embedding N(0, 1), kernels N(0, 1/fan_in), norms 1.
 
-        Call it again after `to_empty`: nothing else holds state.
+        Args:
+            seed: the same one gives the same weights; None draws one from torch's generator.
         """
-        nn.init.normal_(self.embedding.weight)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=module.in_features**-0.5)
-            elif isinstance(module, (nn.LayerNorm, QKNorm)):
-                nn.init.ones_(module.weight)
+        seed = fresh_seed() if seed is None else seed
+        fill(self, Fresh(self, seed))
         self._tables = ()
+
+    def initial_std(self, name: str) -> float | None:
+        module = self.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, nn.Linear):
+            return float(module.in_features**-0.5)
+        return 1.0 if isinstance(module, nn.Embedding) else None
 
     def blocks(self) -> list[nn.Module]:
         """The repeated blocks, in order."""
@@ -339,22 +330,22 @@ class PaLM(Network):
                 f"{past + tokens.shape[1]} tokens are more than max_length ({self.config.max_length}): shorten the "
                 "rows, or build the network with a larger max_length"
             )
-        x = self.embedding(tokens)
+        weight = self.embedding.weight
+        if isinstance(weight, DTensor):  # each process of a tensor-parallel group keeps some of the rows
+            weight = weight.redistribute(placements=[Replicate() for _ in weight.placements]).to_local()
+        x = F.embedding(tokens, weight)
         if cache is not None and mask is not None:
             cache.pad(mask, x.dtype)
         rope = self.rope(tokens, mask, positions, cache)
         bias = self.attention_bias(x, mask, documents, prefixes, cache)
         for block in self.layers:
-            if self.config.activation_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, bias, cache, use_reentrant=False)
-            else:
-                x = block(x, rope, bias, cache)
+            x = block(x, rope, bias, cache)
         if cache is not None:
             cache.length += tokens.shape[1]
         hidden = self.norm(x)
         if head is not None:
-            return head(hidden, self.embedding.weight, self.logit_scale)
-        return F.linear(hidden * self.logit_scale, self.embedding.weight)
+            return head(hidden, weight, self.logit_scale)
+        return F.linear(hidden * self.logit_scale, weight)
 
     def rope(
         self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, cache: PaLMCache | None
@@ -386,7 +377,7 @@ class PaLM(Network):
         RoFormer's equation 15, the decay that of xPos' equation 13 with its origin in the middle of `max_length`
         (only differences of positions matter).
         """
-        wide = self.embedding.weight.dtype == torch.float64
+        wide = self.norm.weight.dtype == torch.float64
         if not self._tables or self._tables[0].device != device or (self._tables[0].dtype == torch.float64) != wide:
             config, half = self.config, self.config.head_dim // 2
             # not as inference tensors, even when validation comes before training; on the host where a device

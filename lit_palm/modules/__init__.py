@@ -1,11 +1,13 @@
 """The LightningModules: the only room that knows devices, gradients, ranks and checkpoints."""
 
-from lit_palm.modules.checkpoint import load_network, read_checkpoint
+from lit_palm.modules.checkpoint import read_checkpoint
 from lit_palm.modules.host import LitModule
 from lit_palm.modules.language_model import LitLanguageModel
 from lit_palm.modules.policy import LitPolicy
 from lit_palm.modules.reference import ReferenceUpdate
 from lit_palm.modules.reward_model import LitRewardModel
+from lit_palm.modules.sharding import Sharding
+from lit_palm.modules.weights import load_network
 
 __all__ = [
     "LitLanguageModel",
@@ -13,6 +15,7 @@ __all__ = [
     "LitPolicy",
     "LitRewardModel",
     "ReferenceUpdate",
+    "Sharding",
     "load_network",
     "read_checkpoint",
 ]

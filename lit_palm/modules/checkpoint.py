@@ -23,7 +23,6 @@ An exported folder (`config.json` with the same `networks` and `tokenizer` entri
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib
 import io
 import json
@@ -48,7 +47,6 @@ __all__ = [
     "config_to_dict",
     "export_folder",
     "load_checkpoint_tokenizer",
-    "load_network",
     "read_checkpoint",
     "read_config",
 ]
@@ -232,82 +230,6 @@ def read_config(path: str | os.PathLike[str]) -> NetworkConfig:
     """
     checkpoint = read_checkpoint(path, header_only=True)
     return config_from_dict(next(iter(checkpoint.header["networks"].values())), os.fspath(path))
-
-
-def load_weights(network: nn.Module, weights: dict[str, Tensor], where: str) -> None:
-    """Copy weights into a network, or say which do not fit.
-
-    Raises:
-        ValueError: names or shapes differ.
-    """
-    own = network.state_dict()
-    missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    wrong = [
-        f"{k}: {tuple(weights[k].shape)} there, {tuple(own[k].shape)} here"
-        for k in own.keys() & weights.keys()
-        if own[k].shape != weights[k].shape
-    ]
-    if missing or unknown or wrong:
-        parts = [
-            f"{label} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
-            for label, names in (("lacks", missing), ("has unknown", unknown), ("differs in", sorted(wrong)))
-            if names
-        ]
-        raise ValueError(f"{where}: does not fit the network: {'; '.join(parts)}. Was it written with another shape?")
-    network.load_state_dict(weights)
-
-
-def load_network(
-    path: str | os.PathLike[str], role: Role = "policy", overrides: dict[str, Any] | None = None
-) -> Network | ScalarNetwork:
-    """Build the network of a role from a checkpoint and load its weights.
-
-    A `policy` is a language model (the language model and the policy module both call it that); `reward` and `value`
-    are scalar networks. A value network may be taken from a reward model, or from a language model (its trunk, with a
-    fresh head); a reward only from a reward model, since a fresh head would score at random.
-
-    Args:
-        path: checkpoint file, sharded directory or exported folder.
-        role: what the network is to be.
-        overrides: fields of its configuration to change, such as dropout; only those that no weight depends on.
-
-    Raises:
-        ValueError: as `read_checkpoint`, or the checkpoint has no network that can play the role.
-    """
-    checkpoint = read_checkpoint(path)
-    networks = checkpoint.header["networks"]
-    sources = {"policy": ("policy",), "reward": ("reward",), "value": ("value", "reward", "policy")}[role]
-    source = next((s for s in sources if s in networks), None)
-    if source is None:
-        raise ValueError(f"{path}: holds {', '.join(networks)}, none of which can be used as {role}")
-    config = config_from_dict(networks[source], os.fspath(path))
-    fixed = sorted((overrides or {}).keys() - config.CHANGEABLE)
-    if fixed:
-        raise ValueError(
-            f"{path}: {', '.join(fixed)} cannot be changed once a network is trained; what can be is "
-            f"{', '.join(sorted(config.CHANGEABLE))}"
-        )
-    network = dataclasses.replace(config, **(overrides or {})).build()  # type: ignore[type-var]
-    weights = checkpoint.weights(source)
-    if role == "policy":
-        load_weights(network, weights, os.fspath(path))
-        return network
-    if source == "policy":
-        load_weights(network, weights, os.fspath(path))
-        return ScalarNetwork(network)
-    scalar = ScalarNetwork(network, networks[source].get("pooling", "last"))
-    load_weights(scalar, weights, os.fspath(path))
-    return scalar
-
-
-def fingerprint(network: nn.Module) -> str:
-    """sha256 of names, shapes and float32 sums of the weights: cheap, and equal only for equal weights in practice."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        total = full.double().sum().item(), full.double().square().sum().item()
-        digest.update(f"{name}{tuple(full.shape)}{total[0]:.9e}{total[1]:.9e}".encode())
-    return digest.hexdigest()
 
 
 def export_folder(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from lit_palm.models.base import Network, NetworkConfig, ScalarNetwork
 from lit_palm.modules.checkpoint import FORMAT
 from lit_palm.objectives.base import Kind, Need, Objective
+from lit_palm.parallel.sharded import bare
 
 __all__ = ["check_objective", "check_resumable", "config_of"]
 
@@ -47,6 +48,7 @@ def check_objective(objective: Objective, module: str, kind: Kind) -> None:
 
 def config_of(network: nn.Module) -> NetworkConfig:
     """Configuration of a network, or of the trunk below its scalar head."""
+    network = bare(network)
     trunk = network.trunk if isinstance(network, ScalarNetwork) else network
     assert isinstance(trunk, Network)
     return trunk.config

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lit_palm.modules.rollouts import VALIDATION, sample
-from lit_palm.modules.sharding import gathered
 from lit_palm.rollout.collector import annotate
 from lit_palm.types import Experience
 
@@ -22,7 +21,7 @@ __all__ = ["evaluate_prompts", "means_of_rows"]
 @torch.no_grad()
 def evaluate_prompts(module: LitPolicy, batch: dict[str, Any]) -> list[dict[str, Any]]:
     """Continue a batch of prompts with seeds of their own; rows of text, length, divergence and rewards."""
-    with gathered(module.networks):  # by every process, also by one that has nothing but fillers
+    with module.uneven_passes():  # by every process, also by one that has nothing but fillers
         return _evaluate(module, batch)
 
 

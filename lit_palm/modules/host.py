@@ -11,25 +11,29 @@ accumulation and data parallelism therefore take the same step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.optim import Optimizer
 
 from lit_palm.data.tokenizers import Tokenizer
-from lit_palm.models.base import Network, NetworkConfig
+from lit_palm.models.base import NetworkConfig
+from lit_palm.models.weights import local
 from lit_palm.modules import resume
-from lit_palm.modules.checkpoint import FORMAT, load_checkpoint_tokenizer, load_network, network_to_dict, read_config
+from lit_palm.modules.checkpoint import FORMAT, load_checkpoint_tokenizer, network_to_dict, read_config
 from lit_palm.modules.compatibility import check_objective, check_resumable, config_of
 from lit_palm.modules.means import Means
-from lit_palm.modules.sharding import check_strategy, shard
+from lit_palm.modules.sharding import Sharding
+from lit_palm.modules.spread import SpreadModule
 from lit_palm.modules.step_weight import StepWeight
+from lit_palm.modules.weights import Blueprint, blueprint
 from lit_palm.objectives.base import Kind, Objective
+from lit_palm.optim import Adafactor
+from lit_palm.parallel.sharded import bare, roots, sum_over, total_norm
 from lit_palm.types import Experience, Loss, Output
 from lit_palm.version import __version__
 
@@ -41,7 +45,7 @@ def default_optimizer(params: Any) -> Optimizer:
     return torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
 
 
-class LitModule(LightningModule):
+class LitModule(SpreadModule):
     """What `LitLanguageModel`, `LitRewardModel` and `LitPolicy` share; see the module's docstring.
 
     Args:
@@ -52,6 +56,7 @@ class LitModule(LightningModule):
         scheduler: takes the optimiser, returns a learning-rate schedule, advanced by optimiser step.
         clip_per_network: clip each network's gradient by its own norm rather than all together.
         overrides: fields to change in the configuration of the checkpoint's network, such as `dropout`.
+        sharding: how networks are spread where the Trainer's strategy spreads them.
     """
 
     kind: ClassVar[Kind]
@@ -64,8 +69,9 @@ class LitModule(LightningModule):
         scheduler: LRSchedulerCallable | None = None,
         clip_per_network: bool = False,
         overrides: dict[str, Any] | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(sharding)
         check_objective(objective, type(self).__name__, self.kind)
         self.network = network
         self.objective = objective
@@ -76,7 +82,6 @@ class LitModule(LightningModule):
         if self.overrides and not isinstance(network, str):
             raise ValueError("model.overrides changes a checkpoint's network; a new one is configured in model.network")
         self.tokenizer: Tokenizer | None = None
-        self.networks = nn.ModuleDict()
         self.samples: list[dict[str, Any]] = []
         self.num_tokens_seen: int | Tensor = 0
         self.means = Means()
@@ -101,7 +106,7 @@ class LitModule(LightningModule):
         self.tokenizer = getattr(data, "tokenizer", None) or self.load_tokenizer()
         if self.tokenizer is None or isinstance(self.tokenizer, str):
             raise ValueError("no tokeniser: name one with --data.tokenizer, or a checkpoint with --model.network")
-        check_strategy(self.trainer.strategy)
+        self.find_layout()
         if stage == "fit":
             resume.check_trainer(self.trainer, "rollouts" in self.objective.needs)
         # with 16-bit weights Lightning would round what batches hold (old log-probabilities, advantages, returns), and
@@ -124,58 +129,31 @@ class LitModule(LightningModule):
         """True when no micro-batch waits for the rest of its optimiser step."""
         return self.step_weight.value is None
 
-    def build_network(self) -> Network:
+    def blueprint(self) -> Blueprint:
         """The language model that `network` describes, with its vocabulary taken from the tokeniser.
 
         Raises:
             ValueError: the vocabulary is smaller than the tokeniser's, or the checkpoint is unusable.
         """
         assert self.tokenizer is not None
-        if isinstance(self.network, str):
-            network = load_network(self.network, "policy", self.overrides)
-            assert isinstance(network, Network)
-        else:
-            if self.network.vocab_size is None:
-                self.network.vocab_size = self.tokenizer.vocab_size
-            network = self.network.build()
-        if (network.config.vocab_size or 0) < self.tokenizer.vocab_size:
+        if not isinstance(self.network, str) and self.network.vocab_size is None:
+            self.network.vocab_size = self.tokenizer.vocab_size
+        found = blueprint(self.network, overrides=self.overrides)
+        if (found.config.vocab_size or 0) < self.tokenizer.vocab_size:
             raise ValueError(
-                f"the network has {network.config.vocab_size} token ids, the tokeniser {self.tokenizer.vocab_size}: "
+                f"the network has {found.config.vocab_size} token ids, the tokeniser {self.tokenizer.vocab_size}: "
                 "leave model.network.init_args.vocab_size out to follow the tokeniser"
             )
-        return network
-
-    def build_networks(self) -> dict[str, nn.Module]:
-        """The trained networks by role."""
-        raise AssertionError("a module builds its networks")
-
-    def configure_model(self) -> None:
-        """Build the networks (once), so that a strategy can shard each as its own root."""
-        if self.networks:
-            return
-        self.networks = nn.ModuleDict(self.build_networks())
-        if self.device_mesh is not None:
-            for network in self.networks.values():
-                shard(network, self.device_mesh["data_parallel"])
-
-    def parameter_groups(self) -> Iterator[dict[str, Any]]:
-        """Parameter groups: one a network for matrices, one for vectors, which are not decayed."""
-        for role, network in self.networks.items():
-            params = [p for p in network.parameters() if p.requires_grad]
-            extra = self.group_options(role)
-            matrices, vectors = [p for p in params if p.dim() > 1], [p for p in params if p.dim() <= 1]
-            if matrices:
-                yield {"params": matrices, **extra}
-            if vectors:
-                yield {"params": vectors, "weight_decay": 0.0, **extra}
-
-    def group_options(self, role: str) -> dict[str, Any]:
-        """Optimiser options of one network's groups, over the optimiser's own."""
-        return {}
+        return found
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """One optimiser over all networks; the schedule advances by optimiser step."""
         optimizer = self.optimizer(list(self.parameter_groups()))
+        if isinstance(optimizer, Adafactor) and isinstance(self.trainer.strategy, FSDPStrategy):
+            raise ValueError(
+                "model.optimizer: Adafactor looks at whole matrices, of which FSDPStrategy leaves flat parts: use "
+                "ModelParallelStrategy (configs/strategy/fsdp.yaml), or AdamW"
+            )
         if self.scheduler is None:
             return {"optimizer": optimizer}
         scheduler = self.scheduler(optimizer)
@@ -192,7 +170,7 @@ class LitModule(LightningModule):
 
     def on_train_batch_start(self, batch: Experience, batch_idx: int) -> None:
         assert self._seed is not None
-        resume.align(self.trainer, self._seed)
+        resume.align(self.trainer, self._seed, self.layout.rank)
 
     def _reset_step(self) -> None:
         self.step_weight, self._frozen, self._watched = StepWeight(), frozenset(), {}
@@ -236,19 +214,17 @@ class LitModule(LightningModule):
     """Metrics shown beside the loss in the progress bar."""
 
     def all_sum(self, value: Tensor) -> Tensor:
-        """The sum over all ranks."""
-        if self.trainer.world_size == 1:
-            return value
-        return self.trainer.strategy.reduce(value, reduce_op="sum")
+        """The sum over all ranks that see different rows."""
+        return self.layout.sum(value)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divide by the weight of the whole step; drop what this step must not change."""
         factor = self.step_weight.factor(self)
         if "rollouts" in self.objective.needs and not self.step_weight.total > 0:
             self._drop_gradients(self.networks)  # nothing to learn from: momentum and decay must not move anything
-        grads = [_local(p.grad) for p in self.parameters() if p.grad is not None]
+        grads = [local(p.grad) for p in self.parameters() if p.grad is not None]
         if grads:
-            torch._foreach_mul_(grads, factor.to(grads[0].dtype))
+            torch._foreach_mul_(grads, factor.to(grads[0]))
         for role in self._frozen:
             self._drop_gradients(self.networks[role])
         if self._watched:
@@ -272,12 +248,16 @@ class LitModule(LightningModule):
         if gradient_clip_algorithm == "value" and gradient_clip_val is not None:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             gradient_clip_val = None
-        bound = float(gradient_clip_val) if gradient_clip_val else float("inf")
-        parts = list(self.networks.values()) if self.clip_per_network else [self.networks]
-        norms = [nn.utils.clip_grad_norm_(part.parameters(), bound) for part in parts]
-        norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-        norm = torch.stack(norms).square().sum().sqrt()
-        self.log("grad_norm", norm)
+        group = next((root.process_group for root in roots(self.networks) if isinstance(root, FSDP)), None)
+        squares = []
+        for part in self.networks.values() if self.clip_per_network else [self.networks]:
+            norm = total_norm(part.parameters(), self.device)
+            if group is not None:  # FSDP1's parts know nothing of each other
+                norm = sum_over(norm.square(), group)
+            squares.append(norm.square())
+            if gradient_clip_val:
+                nn.utils.clip_grads_with_norm_(part.parameters(), gradient_clip_val, norm)
+        self.log("grad_norm", torch.stack(squares).sum().sqrt())
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -289,7 +269,7 @@ class LitModule(LightningModule):
             "format": FORMAT,
             "version": __version__,
             "kind": self.kind,
-            "networks": {role: network_to_dict(network) for role, network in self.networks.items()},
+            "networks": {role: network_to_dict(bare(network)) for role, network in self.networks.items()},
             "tokenizer": self.tokenizer.to_dict(),
             "objective": {
                 "class_path": f"{objective.__module__}.{objective.__qualname__}",
@@ -363,8 +343,3 @@ class LitModule(LightningModule):
 
 def _as_it_is(data: Any) -> Any:
     return data
-
-
-def _local(grad: Tensor) -> Tensor:
-    """This rank's part of a gradient (itself unless it is a DTensor)."""
-    return grad.to_local() if isinstance(grad, DTensor) else grad

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -13,9 +13,10 @@ from lit_palm.models.base import Network, NetworkConfig
 from lit_palm.models.logprobs import TokenLogProbs
 from lit_palm.models.shared_prompts import share_prompts
 from lit_palm.modules.host import LitModule, default_optimizer
-from lit_palm.modules.sharding import gathered
+from lit_palm.modules.sharding import Sharding
 from lit_palm.objectives.base import Kind, Objective
 from lit_palm.objectives.language_modeling import LanguageModeling
+from lit_palm.parallel.sharded import bare
 from lit_palm.rollout.engine import CachedEngine, Engine
 from lit_palm.rollout.sampling import Sampling, row_seeds
 from lit_palm.types import Experience, Output
@@ -52,6 +53,7 @@ def language_model_output(
 
 def _takes(network: nn.Module, width: int) -> bool:
     """Whether the network reads packed rows; those it would refuse for their width it shall see as they are."""
+    network = bare(network)
     return isinstance(network, Network) and network.takes_prefixes and width <= network.config.max_length
 
 
@@ -71,6 +73,7 @@ class LitLanguageModel(LitModule):
         sample_prompts: prompts continued after every validation, for TensorBoard.
         sampling: how they are continued.
         sample_seed: seed of those samples; the same at every validation, so that samples compare.
+        sharding: how networks are spread where the Trainer's strategy spreads them.
     """
 
     kind: ClassVar[Kind] = "language_model"
@@ -86,8 +89,10 @@ class LitLanguageModel(LitModule):
         sample_prompts: list[str] | None = None,
         sampling: Sampling | None = None,
         sample_seed: int = 0,
+        sharding: Sharding | None = None,
     ) -> None:
-        super().__init__(network, objective or LanguageModeling(), optimizer, scheduler, clip_per_network, overrides)
+        objective = objective or LanguageModeling()
+        super().__init__(network, objective, optimizer, scheduler, clip_per_network, overrides, sharding)
         self.sample_prompts = sample_prompts or []
         self.sampling = sampling or Sampling()
         self.sample_seed = sample_seed
@@ -100,7 +105,7 @@ class LitLanguageModel(LitModule):
         return "fine-tuning" if isinstance(self.network, str) else "pre-training"
 
     def build_networks(self) -> dict[str, nn.Module]:
-        return {"policy": self.build_network()}
+        return {"policy": self.make("policy", self.blueprint())}
 
     def _output(self, batch: Experience) -> Output:
         return Output(**language_model_output(self.networks["policy"], batch, log_z="log_z" in self.objective.needs))
@@ -142,11 +147,9 @@ class LitLanguageModel(LitModule):
         assert self.tokenizer is not None
         ids = [self.tokenizer.prefix + self.tokenizer.encode(p) for p in prompts]
         seeds = row_seeds(self.sample_seed, 0, torch.arange(len(ids)))
-        network = self.networks["policy"]
-        assert isinstance(network, Network)
-        with gathered(network):
+        with self.uneven_passes():
             generation = self.engine.generate(
-                network,
+                cast(Network, self.network_of("policy")),
                 [torch.tensor(i) for i in ids],
                 self.sampling,
                 seeds,

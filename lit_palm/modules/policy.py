@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from lit_palm.models.base import Network, NetworkConfig, ScalarNetwork
-from lit_palm.modules.checkpoint import Role, fingerprint, load_network
+from lit_palm.models.base import Network, NetworkConfig
+from lit_palm.modules.checkpoint import Role
 from lit_palm.modules.evaluation import evaluate_prompts, means_of_rows
 from lit_palm.modules.host import LitModule, default_optimizer
 from lit_palm.modules.language_model import language_model_output
 from lit_palm.modules.reference import PrecomputedReference, ReferenceUpdate
 from lit_palm.modules.rollouts import Rollouts
-from lit_palm.modules.sharding import gathered
+from lit_palm.modules.sharding import Sharding
+from lit_palm.modules.weights import Blueprint, blueprint, fingerprint, over
 from lit_palm.objectives.base import Kind, Objective
 from lit_palm.objectives.ppo import PPO
+from lit_palm.parallel.sharded import is_sharded, roots
 from lit_palm.rollout.collector import RolloutConfig
 from lit_palm.rollout.engine import CachedEngine, Engine
 from lit_palm.rollout.loader import RolloutLoader
@@ -58,6 +59,7 @@ class LitPolicy(LitModule):
         value_lr: learning rate of the value network; None: the optimiser's.
         clip_per_network: clip each network's gradient by its own norm rather than all together.
         overrides: fields to change in the configuration of the checkpoint's network, such as `dropout`.
+        sharding: how networks are spread where the Trainer's strategy spreads them, and what is kept off the device.
     """
 
     kind: ClassVar[Kind] = "policy"
@@ -80,8 +82,9 @@ class LitPolicy(LitModule):
         overrides: dict[str, Any] | None = None,
         precompute_reference: bool = False,
         reference_update: ReferenceUpdate | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
-        super().__init__(network, objective or PPO(), optimizer, scheduler, clip_per_network, overrides)
+        super().__init__(network, objective or PPO(), optimizer, scheduler, clip_per_network, overrides, sharding)
         self.rewards: list[Reward] = list(rewards or [])
         names = [r.name for r in self.rewards]
         if len(set(names)) != len(names):
@@ -128,39 +131,44 @@ class LitPolicy(LitModule):
         return type(self.objective).__name__
 
     def build_networks(self) -> dict[str, nn.Module]:
-        policy = self.build_network()
-        networks: dict[str, nn.Module] = {"policy": policy}
+        start = self.blueprint()
+        networks: dict[str, nn.Module] = {"policy": self.make("policy", start)}
         if "value" in self.objective.needs:
-            networks["value"] = self._build_value(policy)
+            networks["value"] = self.make("value", self._value_blueprint(start))
         # validation and prediction report the divergence, so there is a reference whatever the objective needs
-        reference = load_network(self.reference, "policy", self.overrides) if self.reference else copy.deepcopy(policy)
-        self.frozen = {"reference": reference}
+        there = blueprint(self.reference, overrides=self.overrides) if self.reference else start
+        reference = self.layout.make(there, frozen=True)
+        self._check_vocabulary(reference, "the reference")
+        self._reference_id = fingerprint(reference, there)
+        self.starts_as_reference = self.reference is None
+        if self.reference_update is None:
+            self.frozen = {"reference": reference}
+        else:  # one that moves is a part of the run's state
+            if [p.shape for p in start.empty.parameters()] != [p.shape for p in there.empty.parameters()]:
+                raise ValueError(
+                    f"model.reference_update mixes the policy's weights into those of {self.reference}, a network of "
+                    "another shape: leave model.reference out, or name a checkpoint of the same network"
+                )
+            networks["reference"] = reference
         for reward in self.rewards:
-            network = reward.build(_load)
+            network = reward.build(self._load_frozen)
             if network is not None:
                 self._check_vocabulary(network, reward.name)
-                self.frozen[f"reward/{reward.name}"] = network
-        for network in self.frozen.values():
-            network.requires_grad_(False).eval()
-        self._check_vocabulary(reference, "the reference")
-        shapes = [[p.shape for p in network.parameters()] for network in (policy, reference)]
-        if self.reference_update is not None and shapes[0] != shapes[1]:
-            raise ValueError(
-                f"model.reference_update mixes the policy's weights into those of {self.reference}, a network of "
-                "another shape: leave model.reference out, or name a checkpoint of the same network"
-            )
-        self._reference_id = fingerprint(reference)
-        self.starts_as_reference = self.reference is None
+                self.frozen[f"reward/{reward.name}"] = network.requires_grad_(False).eval()
         return networks
 
-    def _build_value(self, policy: Network) -> nn.Module:
+    def _load_frozen(self, checkpoint: str, role: str) -> nn.Module:
+        """What a reward builds its network with."""
+        return self.layout.make(blueprint(checkpoint, cast(Role, role)), frozen=True)
+
+    def _value_blueprint(self, policy: Blueprint) -> Blueprint:
         models = [r for r in every_reward(self.rewards) if isinstance(r, RewardModel)]
         source = self.value or (models[0].checkpoint if models else None)
         if source is None:
-            return ScalarNetwork(copy.deepcopy(policy))
-        network = load_network(source, "value", self.overrides)
-        self._check_vocabulary(network, f"the value network of {source}")
-        return network
+            return over(policy)
+        found = blueprint(source, "value", self.overrides)
+        self._check_vocabulary(found.empty, f"the value network of {source}")
+        return found
 
     def _check_vocabulary(self, network: nn.Module, what: str) -> None:
         assert self.tokenizer is not None
@@ -176,18 +184,35 @@ class LitPolicy(LitModule):
         return {"lr": self.value_lr} if role == "value" and self.value_lr is not None else {}
 
     def _place_frozen(self, stage: str = "predict") -> None:
-        for name, network in self.frozen.items():
-            network.to(self.device)
-            for reward in self.rewards:
-                if name == f"reward/{reward.name}":
-                    reward.network = network
+        self._move_frozen(self.sharding.frozen != "offloaded" or "rollouts" not in self.objective.needs)
+        for reward in self.rewards:
+            reward.network = self.frozen.get(f"reward/{reward.name}", reward.network)
         if self.precomputed is not None and "reference" in self.objective.needs and stage != "predict":
             sources = getattr(getattr(self.trainer, "datamodule", None), "sources", {})
             stages = ("train", "validation") if stage == "fit" else (stage,)
             used = [part for part in stages if part not in sources or sources[part][0] is not None]
             known = [self.precomputed.fill(self, part) for part in used]
-            if all(known):
+            if all(known) and not is_sharded(self.frozen["reference"]):
                 self.frozen["reference"].cpu()
+
+    def _move_frozen(self, to_device: bool) -> None:
+        """Whole frozen networks to the device, or back to the host; sharded ones see to it themselves."""
+        for network in self.frozen.values():
+            if not list(roots(network)):
+                network.to(self.device) if to_device else network.cpu()
+
+    @contextmanager
+    def uneven_passes(self) -> Iterator[None]:
+        offloaded = self.sharding.frozen == "offloaded" and "rollouts" in self.objective.needs
+        if offloaded:
+            self._move_frozen(True)
+        with super().uneven_passes():
+            yield
+        if offloaded:
+            self._move_frozen(False)
+
+    def run_beside(self) -> list[nn.Module]:
+        return [*super().run_beside(), *(root for network in self.frozen.values() for root in roots(network))]
 
     def on_fit_start(self) -> None:
         self._place_frozen("fit")
@@ -209,8 +234,7 @@ class LitPolicy(LitModule):
         """
         step, update = self.trainer.global_step, self.reference_update
         if update is not None and update.due(self._reference_step, step):
-            with gathered(self.networks):
-                update.apply(self.frozen["reference"], self.networks["policy"])
+            update.apply(self.networks["reference"], self.networks["policy"])
         self._reference_step = step
 
     # ------------------------------------------------------------------ rollouts
@@ -241,12 +265,14 @@ class LitPolicy(LitModule):
         Of greedy samples those at 1, as an engine reports them.
         """
         temperature = self.sampling.temperature or 1.0
-        return language_model_output(self.networks["policy"], batch, temperature=temperature)["logps"]
+        return language_model_output(self.network_of("policy"), batch, temperature=temperature)["logps"]
 
     def reference_logps(self, batch: Experience, temperature: float | None = None) -> Tensor:
         """The same under the frozen reference; of given data at a temperature of 1."""
         temperature = temperature or self.sampling.temperature or 1.0
-        return language_model_output(self.frozen["reference"], batch, temperature=temperature)["logps"]
+        network = self.networks["reference"] if self.reference_update is not None else self.frozen["reference"]
+        network.eval()  # one that moves is among the trained networks
+        return language_model_output(network, batch, temperature=temperature)["logps"]
 
     def state_values(self, batch: Experience) -> Tensor:
         """Value of the state in which each token was chosen: [B, T], what the network says one token earlier."""
@@ -357,8 +383,8 @@ class LitPolicy(LitModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        if self.reference_update is not None:  # one that moves is part of the run's state
-            checkpoint["reference"] = {"step": self._reference_step, "weights": self.frozen["reference"].state_dict()}
+        if self.reference_update is not None:
+            checkpoint["reference_step"] = self._reference_step
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
@@ -369,12 +395,4 @@ class LitPolicy(LitModule):
                 "the frozen reference is not the one this run started with: name the same checkpoint as model.network "
                 "(or model.reference), and do not change that file while a run depends on it"
             )
-        moved = checkpoint.get("reference")
-        if self.reference_update is not None and moved is not None:
-            self.frozen["reference"].load_state_dict(moved["weights"])
-            self._reference_step = int(moved["step"])
-
-
-def _load(checkpoint: str, role: str) -> nn.Module:
-    """What a reward builds its network with."""
-    return load_network(checkpoint, cast(Role, role))
+        self._reference_step = int(checkpoint.get("reference_step", 0))

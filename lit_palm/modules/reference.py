@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from lit_palm.models.weights import local
 from lit_palm.types import Experience
 
 if TYPE_CHECKING:
@@ -53,10 +53,9 @@ class ReferenceUpdate:
 
     @torch.no_grad()
     def apply(self, reference: nn.Module, policy: nn.Module) -> None:
-        """Move the reference; a policy in shards must have been gathered."""
+        """Move the reference, which is spread as the policy is: each process moves what it holds."""
         for old, new in zip(reference.parameters(), policy.parameters(), strict=True):
-            whole = new.full_tensor() if isinstance(new, DTensor) else new
-            old.lerp_(whole.to(old), self.mix)
+            local(old).lerp_(local(new), self.mix)
 
 
 class PrecomputedReference:
@@ -100,19 +99,12 @@ class PrecomputedReference:
             for row, number in enumerate(batch["row"].tolist()):
                 if number >= 0:  # not one that fills a batch up
                     found[number] = logps[row][batch["loss_mask"][row]]
-        found = self._gather(module, found)
+        found = {number: values for part in module.layout.gather(found) for number, values in part.items()}
         lengths = torch.zeros(max(found) + 2, dtype=torch.long)
         for number, values in found.items():
             lengths[number + 1] = len(values)
         self._stages[stage] = torch.cat([found[number] for number in sorted(found)]), lengths.cumsum(0)
         return True
-
-    def _gather(self, module: LitPolicy, found: dict[int, Tensor]) -> dict[int, Tensor]:
-        if module.trainer.world_size == 1:
-            return found
-        parts: list[Any] = [None] * module.trainer.world_size
-        torch.distributed.all_gather_object(parts, found)
-        return {number: values for part in parts for number, values in part.items()}
 
     def logps(self, stage: str, batch: Experience) -> Tensor:
         """[B, T] for the rows of a batch, on its device, zero outside `loss_mask`."""

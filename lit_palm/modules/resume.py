@@ -75,13 +75,18 @@ def _set(counts: dict[str, int], begun: int, done: int) -> None:
     counts.update(ready=begun, started=begun, processed=done, completed=done)
 
 
-def align(trainer: Trainer, seed: int) -> None:
+def align(trainer: Trainer, seed: int, rank: int) -> None:
     """Before a batch: what Lightning would carry from batch to batch becomes a function of the counters.
 
-    The step that loggers see is one off after some restarts. The generator that dropout draws from is not saved (and
-    each rank has its own), so it starts anew from (seed, rank, batch).
+    The step that loggers see is one off after some restarts. The generator that dropout draws from is not saved, so it
+    starts anew from (seed, rank, batch).
+
+    Args:
+        trainer: about to train on a batch.
+        seed: of the run.
+        rank: among the processes that see different rows.
     """
     loop = trainer.fit_loop.epoch_loop
     loop._batches_that_stepped = trainer.global_step
     batch = loop.batch_progress.total.ready
-    torch.manual_seed(((seed * 1_000_003 + trainer.global_rank) * 1_000_003 + batch) % 2**63)
+    torch.manual_seed(((seed * 1_000_003 + rank) * 1_000_003 + batch) % 2**63)

@@ -10,11 +10,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lit_palm.models.base import NetworkConfig, ScalarNetwork
-from lit_palm.modules.checkpoint import load_network, read_checkpoint
+from lit_palm.modules.checkpoint import read_checkpoint
 from lit_palm.modules.host import LitModule, default_optimizer
+from lit_palm.modules.sharding import Sharding
+from lit_palm.modules.weights import blueprint, over
 from lit_palm.objectives.base import Kind, Objective
 from lit_palm.objectives.functional import RunningMoments, rows_that_count
 from lit_palm.objectives.reward_ranking import RewardRanking
+from lit_palm.parallel.sharded import bare
 from lit_palm.types import Experience, Output
 
 __all__ = ["LitRewardModel", "last_scores"]
@@ -46,6 +49,7 @@ class LitRewardModel(LitModule):
         calibrate: `mean` shifts the score to mean 0, `whiten` also scales it to deviation 1, `none` leaves it.
         pooling: read the score off the `last` token, or the running `mean` over all tokens, which small networks learn
             from less data. A reward model's checkpoint keeps its own.
+        sharding: how networks are spread where the Trainer's strategy spreads them.
     """
 
     kind: ClassVar[Kind] = "reward"
@@ -61,8 +65,10 @@ class LitRewardModel(LitModule):
         overrides: dict[str, Any] | None = None,
         calibrate: Literal["none", "mean", "whiten"] = "mean",
         pooling: Literal["last", "mean"] = "last",
+        sharding: Sharding | None = None,
     ) -> None:
-        super().__init__(network, objective or RewardRanking(), optimizer, scheduler, clip_per_network, overrides)
+        objective = objective or RewardRanking()
+        super().__init__(network, objective, optimizer, scheduler, clip_per_network, overrides, sharding)
         self.calibrate = calibrate
         self.pooling = pooling
         self._moments = RunningMoments()
@@ -74,8 +80,8 @@ class LitRewardModel(LitModule):
 
     def build_networks(self) -> dict[str, nn.Module]:
         if isinstance(self.network, str) and "reward" in read_checkpoint(self.network).header["networks"]:
-            return {"reward": load_network(self.network, "reward", self.overrides)}
-        return {"reward": ScalarNetwork(self.build_network(), self.pooling)}
+            return {"reward": self.make("reward", blueprint(self.network, "reward", self.overrides))}
+        return {"reward": self.make("reward", over(self.blueprint(), self.pooling))}
 
     def _output(self, batch: Experience, calibrated: bool = False) -> Output:
         return Output(scores=last_scores(self.networks["reward"], batch["tokens"], batch["mask"], calibrated))
@@ -123,10 +129,8 @@ class LitRewardModel(LitModule):
             return
         moments = self._moments
         own = torch.tensor([moments.count, moments.mean, moments.sum_sq], dtype=torch.float64, device=self.device)
-        gathered = self.all_gather(own)
-        assert isinstance(gathered, Tensor)
-        mean, std = _merge(gathered.reshape(-1, 3))
-        scalar = self.networks["reward"]
+        mean, std = _merge(torch.stack([part.to(self.device) for part in self.layout.gather(own)]))
+        scalar = bare(self.networks["reward"])
         assert isinstance(scalar, ScalarNetwork)
         scalar.calibrate(mean, std if self.calibrate == "whiten" else None)
 

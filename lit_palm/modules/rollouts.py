@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lit_palm.models.base import Network
-from lit_palm.modules.sharding import gathered
 from lit_palm.modules.startup import check_first_ratio
 from lit_palm.rollout.collector import annotate, assemble, merge, prompt_order, take
 from lit_palm.rollout.loader import RolloutLoader
@@ -58,10 +57,10 @@ class Rollouts:
         """Number and rows of the last collection."""
         self._most_batches = 0.0
         objective, config = module.objective, module.rollout
-        if config.num_prompts % module.trainer.world_size:
+        if config.num_prompts % module.layout.size:
             raise ValueError(
-                f"rollout.num_prompts {config.num_prompts} must be a multiple of the {module.trainer.world_size} "
-                "processes, so that all do the same number of forward passes"
+                f"rollout.num_prompts {config.num_prompts} must be a multiple of the {module.layout.size} "
+                "processes, so that all complete as many prompts"
             )
         dropout = getattr(module.network_config, "dropout", 0.0)
         if dropout:
@@ -74,8 +73,8 @@ class Rollouts:
             config,
             objective.num_kept(config.num_prompts, config.completions_per_prompt),
             objective.grouped,
-            module.global_rank,
-            module.trainer.world_size,
+            module.layout.rank,
+            module.layout.size,
         )
 
     @torch.no_grad()
@@ -87,7 +86,7 @@ class Rollouts:
         module.follow()  # what is due after the last step, or this collection would be held to an older reference
         training = module.networks.training
         module.networks.eval()  # no dropout while collecting and scoring
-        with gathered(module.networks), module.numerics():
+        with module.uneven_passes(), module.numerics():
             experience, rejected = self._sample_until_full(collection)
         module.networks.train(training)
         self._describe(experience)
@@ -139,7 +138,7 @@ class Rollouts:
         start = collection * config.num_prompts
         order = prompt_order(len(self.prompts), config.seed, start, config.num_prompts, stream=number)
         # whole prompts go to a rank, so that the completions of one share its prefill
-        mine = torch.arange(module.global_rank, config.num_prompts, module.trainer.world_size)
+        mine = torch.arange(module.layout.rank, config.num_prompts, module.layout.size)
         rows = ((number * config.num_prompts + mine)[:, None] * copies + torch.arange(copies)).flatten()
         prompts = [self.prompts[order[i]] for i in mine.tolist() for _ in range(copies)]
         experience, batch, seconds = sample(module, prompts, rows, collection, copies)
@@ -148,8 +147,8 @@ class Rollouts:
         annotate(experience, self._fields, config.batch_size, module.device)
         if self.record:
             experience["prompt"], experience["completion"] = batch.prompts, batch.completions
-        experience = merge(self._gather(experience), module.pad_id)
-        module.samples = as_samples(batch, experience if module.trainer.world_size == 1 else None)
+        experience = merge([Experience(p) for p in module.layout.gather(dict(experience))], module.pad_id)
+        module.samples = as_samples(batch, experience if module.layout.size == 1 else None)
         return self._settle_logps(experience)
 
     def _fields(self, rows: Experience) -> dict[str, Tensor]:
@@ -209,14 +208,6 @@ class Rollouts:
             for i, (prompt, completion) in enumerate(texts)
         ]
 
-    def _gather(self, experience: Experience) -> list[Experience]:
-        world_size = self.module.trainer.world_size
-        if world_size == 1:
-            return [experience]
-        parts: list[Any] = [None] * world_size
-        torch.distributed.all_gather_object(parts, dict(experience))
-        return [Experience(p) for p in parts]
-
     def _describe(self, experience: Experience) -> None:
         lengths = experience["loss_mask"].sum(1).float()
         self.metrics["completions/mean_length"] = lengths.mean().item()
@@ -261,8 +252,7 @@ def sample(
     Raises:
         ValueError: a prompt does not fit, or a reward misbehaves.
     """
-    tokenizer, policy = module.ready_tokenizer, module.networks["policy"]
-    assert isinstance(policy, Network)
+    tokenizer, policy = module.ready_tokenizer, cast(Network, module.network_of("policy"))
     ids = [p["prompt_ids"] for p in prompts]
     start = time.perf_counter()
     generation = module.engine.generate(

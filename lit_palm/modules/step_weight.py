@@ -51,7 +51,7 @@ class StepWeight:
             parts = [term / self._terms[name].clamp(min=1e-8) for name, term in loss.total.items()]
             total = torch.stack(parts).sum()
             # divided already: what is left to divide by is 1, over all micro-batches and ranks; 0 for an empty step
-            share = 1 / module.trainer.world_size if first else 0.0
+            share = 1 / module.layout.size if first else 0.0
             counts = torch.stack([term > 0 for term in self._terms.values()]).any()
             weight, shown = torch.where(counts, share, 0.0).to(total.device, torch.float32), total.detach()
         self.value = weight if self.value is None else self.value + weight
@@ -86,4 +86,4 @@ class StepWeight:
         trainer = module.trainer
         # Lightning divided by the accumulation, and data parallelism averages over ranks: undo both
         self.total = module.all_sum(self.value)
-        return trainer.accumulate_grad_batches * trainer.world_size / self.total.clamp(min=1e-8)
+        return trainer.accumulate_grad_batches * module.layout.size / self.total.clamp(min=1e-8)

@@ -10,7 +10,7 @@ import torch
 
 from lit_palm.callbacks import LastCheckpoint
 from lit_palm.cli import main
-from lit_palm.modules.checkpoint import load_network
+from lit_palm.modules.weights import load_network
 from tests.support import (
     language_model,
     make_stages,

@@ -18,10 +18,10 @@ from lit_palm.modules.checkpoint import (
     FORMAT,
     export_folder,
     load_checkpoint_tokenizer,
-    load_network,
     read_checkpoint,
     read_config,
 )
+from lit_palm.modules.weights import load_network
 from lit_palm.rollout.rewards import RewardModel
 from lit_palm.version import __version__
 from tests.support import (

@@ -15,15 +15,16 @@ from torch import Tensor
 
 from lit_palm.data import DemonstrationData
 from lit_palm.models.base import ScalarNetwork
-from lit_palm.modules import LitPolicy, evaluation
-from lit_palm.modules.checkpoint import load_network
+from lit_palm.modules import LitPolicy
 from lit_palm.modules.language_model import language_model_output
 from lit_palm.modules.reward_model import last_scores
+from lit_palm.modules.weights import load_network
 from lit_palm.objectives import Objective
 from lit_palm.rollout.rewards import PythonReward, Reward, RewardModel
 from lit_palm.rollout.sampling import Sampling
 from lit_palm.types import Experience, Loss, Output
 from tests.support import (
+    Preference,
     config,
     lower_case,
     policy,
@@ -299,18 +300,19 @@ def test_validation_may_be_greedy(tmp_path: Path) -> None:
     assert found["val/kl"] == 0.0 and found["val/length"] > 0
 
 
-def test_weights_are_gathered_by_a_process_that_has_nothing_but_fillers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_gathered_by_a_process_that_has_nothing_but_fillers() -> None:
     """Gathering waits for all processes: one that left it out would stop the others."""
     entered = []
 
-    @contextmanager
-    def gathered(networks: Any) -> Iterator[None]:
-        entered.append(networks)
-        yield
+    class Watched(LitPolicy):
+        @contextmanager
+        def uneven_passes(self) -> Iterator[None]:
+            entered.append(self)
+            yield
 
-    monkeypatch.setattr(evaluation, "gathered", gathered)
+    module = Watched(config(), Preference())
     batch = {"row": torch.tensor([-1]), "prompt_ids": [torch.tensor([65])], "prompts": ["A"], "columns": {}}
-    assert preference_policy().evaluate_prompts(batch) == []
+    assert module.evaluate_prompts(batch) == []
     assert len(entered) == 1
 
 

@@ -119,7 +119,7 @@ def test_updates_of_the_reference_are_those_of_a_loop(tmp_path: Path) -> None:
     original = module.training_step
 
     def step(batch: Any, batch_idx: int) -> Any:
-        seen.append({"policy": weights(module.networks["policy"]), "reference": weights(module.frozen["reference"])})
+        seen.append({"policy": weights(module.networks["policy"]), "reference": weights(module.networks["reference"])})
         return original(batch, batch_idx)
 
     module.training_step = step  # type: ignore[method-assign]
@@ -170,6 +170,7 @@ def test_wrong_fields_are_named(fields: dict[str, Any]) -> None:
 def test_the_starting_reference_is_a_copy(tmp_path: Path) -> None:
     module = preference_policy(reference_update=ReferenceUpdate(mix=1.0, every=1))
     fit(tmp_path, module, max_epochs=1)
-    owned = {p.data_ptr() for p in module.networks.parameters()}
-    assert not owned & {p.data_ptr() for p in module.frozen["reference"].parameters()}
-    assert torch.is_grad_enabled() and not any(p.requires_grad for p in module.frozen["reference"].parameters())
+    reference = module.networks["reference"]
+    owned = {p.data_ptr() for p in module.networks["policy"].parameters()}
+    assert not owned & {p.data_ptr() for p in reference.parameters()}
+    assert torch.is_grad_enabled() and not any(p.requires_grad for p in reference.parameters())

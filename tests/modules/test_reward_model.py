@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lit_palm.data import PreferenceData
 from lit_palm.modules import LitRewardModel
-from lit_palm.modules.checkpoint import load_network
 from lit_palm.modules.reward_model import last_scores
+from lit_palm.modules.weights import load_network
 from lit_palm.objectives import RewardRegression
 from tests.support import config, ranking_data, reward_model, sentence, trainer, weights, write_jsonl
 

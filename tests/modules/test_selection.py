@@ -81,7 +81,7 @@ def test_rejected_prompts_are_replaced_by_others(tmp_path: Path) -> None:
     first = steps.logged[0]
     assert 1 < first["rollout/rounds"] <= 3
     rows = [json.loads(line) for line in (tmp_path / "rollouts/collection-00000.jsonl").read_text().splitlines()]
-    assert len(rows) <= 16 and first["rollout/accepted"] == len(rows) / (16 * first["rollout/rounds"])
+    assert len(rows) <= 16 and first["rollout/accepted"] == pytest.approx(len(rows) / (16 * first["rollout/rounds"]))
     spread: dict[int, list[float]] = {}
     for row in rows:
         spread.setdefault(row["group"], []).append(row["score"])

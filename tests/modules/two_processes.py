@@ -56,7 +56,7 @@ def main(folder: Path, strategy: str, jobs: list[str]) -> None:
         if strategy == "sharded":
             chosen = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
         return trainer(
-            folder, **{"strategy": chosen, "devices": 2, "gradient_clip_val": 0.5, "max_epochs": 2, **options}
+            folder, **{"strategy": chosen, "devices": 2, "gradient_clip_val": 0.3, "max_epochs": 2, **options}
         )
 
     for job in jobs:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 __all__ = ["NetworkLoader", "Reward", "RewardBatch", "Values", "every_reward", "require_finite"]
 
 NetworkLoader = Callable[[str, str], nn.Module]
-"""load(checkpoint, role) -> network: `lit_palm.modules.checkpoint.load_network`, or a test's own."""
+"""load(checkpoint, role) -> network: `lit_palm.modules.weights.load_network`, or a test's own."""
 
 Values = Sequence[float] | Tensor
 """One number for each of the B completions: a sequence of length B or a tensor [B]."""

@@ -1,0 +1,246 @@
+"""From a configuration or a checkpoint to a network: what to build, and where its weights come from.
+
+A `Blueprint` is both, before anything is in memory. `whole()` makes the network as one; a strategy that spreads
+networks over processes makes its part of it from the same blueprint (`lit_palm.modules.sharding`). Two networks of one
+blueprint start with the same weights, as a policy and its reference must.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.tensor import DTensor
+
+from lit_palm.models.base import Network, NetworkConfig, ScalarNetwork
+from lit_palm.models.weights import Fresh, Source, fill, fresh_seed, named_weights
+from lit_palm.modules.checkpoint import Checkpoint, Role, config_from_dict, read_checkpoint
+from lit_palm.parallel.sharded import clean_name
+from lit_palm.parallel.tensor import Joined
+
+__all__ = ["Blueprint", "blueprint", "fingerprint", "load_network", "over"]
+
+
+class Stored(Source):
+    """The weights of one network of a checkpoint.
+
+    Args:
+        checkpoint: as read; its tensors may still be on the disk.
+        role: of the network there.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, role: str) -> None:
+        self.weights = checkpoint.weights(role)
+
+    def names(self) -> Iterable[str]:
+        return self.weights
+
+    def shape(self, name: str) -> Sequence[int]:
+        return tuple(self.weights[name].shape)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        weight = self.weights[name]
+        return weight[start:stop] if weight.dim() else weight
+
+
+class _Trunk(Source):
+    """A scalar network whose trunk is a language model's, with a fresh head."""
+
+    def __init__(self, trunk: Source, head: Source) -> None:
+        self.trunk, self.head = trunk, head
+
+    def _of(self, name: str) -> tuple[Source, str]:
+        below = name.startswith("trunk.")
+        return (self.trunk, name.removeprefix("trunk.")) if below else (self.head, name)
+
+    def names(self) -> Iterable[str]:
+        head = (name for name in self.head.names() if not name.startswith("trunk."))
+        return [*(f"trunk.{name}" for name in self.trunk.names()), *head]
+
+    def shape(self, name: str) -> Sequence[int]:
+        source, inner = self._of(name)
+        return source.shape(inner)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        source, inner = self._of(name)
+        return source.rows(inner, start, stop)
+
+
+@dataclass
+class Blueprint:
+    """A network to be made.
+
+    Args:
+        config: of the network, or of the trunk below a scalar head.
+        seed: of what is fresh in it.
+        pooling: how a scalar head reads; None: no scalar head.
+        stored: the weights of a checkpoint; None: fresh ones.
+        trunk_only: `stored` are those of a language model, below a fresh scalar head.
+        where: what it comes from, for messages.
+    """
+
+    config: NetworkConfig
+    seed: int
+    pooling: Literal["last", "mean"] | None = None
+    stored: Source | None = None
+    trunk_only: bool = False
+    where: str = "the new network"
+
+    def structure(self) -> nn.Module:
+        """The network on the current device, with weights that mean nothing."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)  # one that cannot be made in parts draws its weights here
+            network = self.config.build()
+            return network if self.pooling is None else ScalarNetwork(network, self.pooling)
+
+    @cached_property
+    def empty(self) -> nn.Module:
+        """The network on the meta device: names and shapes."""
+        with torch.device("meta"):
+            return self.structure()
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether a process can make its part alone."""
+        trunk = self.empty.trunk if isinstance(self.empty, ScalarNetwork) else self.empty
+        return isinstance(trunk, Network) and trunk.in_parts
+
+    @cached_property
+    def source(self) -> Source:
+        """Where its weights come from.
+
+        Raises:
+            ValueError: those of the checkpoint do not fit the network.
+        """
+        if self.pooling is None or (self.stored is not None and not self.trunk_only):
+            source = self.stored or Fresh(self.empty, self.seed)
+        else:
+            assert isinstance(self.empty, ScalarNetwork)
+            # named as the language model's own: a value network starts with the policy's weights
+            trunk = self.stored or Fresh(self.empty.trunk, self.seed)
+            source = _Trunk(trunk, Fresh(self.empty, self.seed))
+        _check_fit(self.empty, source, self.where)
+        return source
+
+    def whole(self) -> nn.Module:
+        """Make the network as one, on the current device."""
+        if not self.in_parts:
+            network = self.structure()
+            if self.stored is not None:
+                fill(network, self.source)
+            return network
+        source = self.source  # refuses what does not fit before any memory is taken
+        device = torch.get_default_device()
+        with torch.device("meta"):
+            network = self.structure()
+        network.to_empty(device=device)
+        fill(network, source)
+        return network
+
+
+def blueprint(
+    network: str | os.PathLike[str] | NetworkConfig, role: Role = "policy", overrides: dict[str, Any] | None = None
+) -> Blueprint:
+    """The network of a role, from a configuration or a checkpoint; see `load_network`.
+
+    Raises:
+        ValueError: as `read_checkpoint`, or the checkpoint has no network that can play the role.
+    """
+    seed = fresh_seed()
+    if isinstance(network, NetworkConfig):
+        return Blueprint(network, seed, None if role == "policy" else "last")
+    path = os.fspath(network)
+    checkpoint = read_checkpoint(path)
+    networks = checkpoint.header["networks"]
+    sources = {"policy": ("policy",), "reward": ("reward",), "value": ("value", "reward", "policy")}[role]
+    there = next((s for s in sources if s in networks), None)
+    if there is None:
+        raise ValueError(f"{path}: holds {', '.join(networks)}, none of which can be used as {role}")
+    config = config_from_dict(networks[there], path)
+    fixed = sorted((overrides or {}).keys() - config.CHANGEABLE)
+    if fixed:
+        raise ValueError(
+            f"{path}: {', '.join(fixed)} cannot be changed once a network is trained; what can be is "
+            f"{', '.join(sorted(config.CHANGEABLE))}"
+        )
+    config = dataclasses.replace(config, **(overrides or {}))  # type: ignore[type-var]
+    pooling = None if role == "policy" else networks[there].get("pooling", "last")
+    stored = Joined(Stored(checkpoint, there))
+    return Blueprint(config, seed, pooling, stored, trunk_only=pooling is not None and there == "policy", where=path)
+
+
+def over(trunk: Blueprint, pooling: Literal["last", "mean"] = "last") -> Blueprint:
+    """A scalar network that starts with the weights of a language model."""
+    return dataclasses.replace(trunk, pooling=pooling, trunk_only=trunk.stored is not None)
+
+
+def load_network(
+    path: str | os.PathLike[str], role: Role = "policy", overrides: dict[str, Any] | None = None
+) -> Network | ScalarNetwork:
+    """Build the network of a role from a checkpoint and load its weights.
+
+    A `policy` is a language model (the language model and the policy module both call it that); `reward` and `value`
+    are scalar networks. A value network may be taken from a reward model, or from a language model (its trunk, with a
+    fresh head); a reward only from a reward model, since a fresh head would score at random.
+
+    Args:
+        path: checkpoint file, sharded directory or exported folder.
+        role: what the network is to be.
+        overrides: fields of its configuration to change, such as dropout; only those that no weight depends on.
+
+    Raises:
+        ValueError: as `read_checkpoint`, or the checkpoint has no network that can play the role.
+    """
+    network = blueprint(path, role, overrides).whole()
+    assert isinstance(network, Network | ScalarNetwork)
+    return network
+
+
+def _check_fit(network: nn.Module, source: Source, where: str) -> None:
+    """Refuse weights that do not fit.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
+    own = {name: tuple(tensor.shape) for name, tensor in named_weights(network)}
+    there = {name: tuple(source.shape(name)) for name in source.names()}
+    missing, unknown = sorted(own.keys() - there.keys()), sorted(there.keys() - own.keys())
+    wrong = [f"{k}: {there[k]} there, {own[k]} here" for k in own.keys() & there.keys() if own[k] != there[k]]
+    parts = [
+        f"{label} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+        for label, names in (("lacks", missing), ("has unknown", unknown), ("differs in", sorted(wrong)))
+        if names
+    ]
+    if parts:
+        raise ValueError(f"{where}: does not fit the network: {'; '.join(parts)}. Was it written with another shape?")
+
+
+def fingerprint(network: nn.Module, found: Blueprint) -> str:
+    """sha256 of names, shapes and float64 sums of the weights: cheap, and equal only for equal weights in practice.
+
+    Spread weights are summed over the processes that hold them, so it takes all of them to call it.
+    """
+    wrapped = next((module for module in network.modules() if isinstance(module, FSDP)), None)
+    totals: dict[str, Tensor] = {}
+    for name, tensor in named_weights(network):
+        sums = [value.sum(dtype=torch.float64) for value in (tensor.detach(), tensor.detach().double().square())]
+        whole = [total.full_tensor() if isinstance(total, DTensor) else total for total in sums]
+        totals[clean_name(name)] = torch.stack(whole)
+    if wrapped is not None:  # of FSDP1's flat parts each process has some numbers
+        joined = torch.stack(list(totals.values()))
+        dist.all_reduce(joined, group=wrapped.process_group)
+        totals = dict(zip(totals, joined, strict=True))
+    shapes = {name: tuple(tensor.shape) for name, tensor in named_weights(found.empty)}
+    digest = hashlib.sha256()
+    for name, total in sorted(totals.items()):
+        digest.update(f"{name}{shapes.get(name, ())}{total[0].item():.9e}{total[1].item():.9e}".encode())
+    return digest.hexdigest()
