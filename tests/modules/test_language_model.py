@@ -84,7 +84,7 @@ def test_it_learns_a_text_by_heart(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "one.jsonl", [{"text": text}])
     data = TextData(train=path, validation=path, tokenizer="bytes", sequence_length=64, batch_size=1)
     module = language_model(
-        network=config(d_model=32),
+        network=config(d_model=32, num_layers=2),
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2),
         sample_prompts=["the cat", "the"],
         sampling=Sampling(temperature=0, max_new_tokens=50),
