@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 import traceback
@@ -45,8 +46,9 @@ def is_storage_error(error: BaseException) -> bool:
     failures = getattr(error, "failures", None)
     if isinstance(failures, dict) and failures:  # of several ranks
         return all(is_storage_error(failure[0]) for failure in failures.values())
-    # torch's own writer has no type for a full disk
-    return isinstance(error, OSError) or (isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error))
+    # torch's own writer has no type for a full disk: it complains about where in the file it is
+    of_torch = isinstance(error, RuntimeError) and re.search("PytorchStreamWriter|inline_container", str(error))
+    return isinstance(error, OSError) or bool(of_torch)
 
 
 def reason(error: BaseException) -> str:
@@ -57,7 +59,7 @@ def reason(error: BaseException) -> str:
         return f"rank {rank}: {reason(failures[rank][0])}"
     cause = error.__cause__ or error.__context__
     if not isinstance(error, OSError) and isinstance(cause, OSError):
-        error = cause  # torch's writer complains that it was interrupted, and that is why
+        error = cause
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 

@@ -106,7 +106,7 @@ def test_a_monitor_that_nothing_logs_is_named(tmp_path: Path) -> None:
 def test_lightnings_own_callback_works_beside_it(tmp_path: Path) -> None:
     place = tmp_path / "run"
     other = ModelCheckpoint(place, filename="{step}", save_top_k=-1, every_n_train_steps=3)
-    fit(tmp_path, [LastCheckpoint(str(place), every_n_steps=2, keep_last=2), other])
+    fit(tmp_path, [LastCheckpoint(str(place), every_n_steps=2, keep_last=2), other], limit_val_batches=0)
     assert seen(place) == ["last.ckpt", "step-00000004.ckpt", "step-00000006.ckpt", "step=3.ckpt", "step=6.ckpt"]
     same(read_checkpoint(place / "step=6.ckpt").state_dict, read_checkpoint(place / "last.ckpt").state_dict)
 
@@ -235,7 +235,7 @@ def small_disk(tmp_path: Path) -> Any:
     """A disk with room for one checkpoint of the tests' network, but not for two."""
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=330k", "none", str(place)], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "none", str(place)], capture_output=True)
     if mounted.returncode:
         pytest.skip("only root can mount a small disk")
     yield place
@@ -318,14 +318,15 @@ def flaky(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_url_whose_server_is_busy_is_tried_again(asynchronous: bool, flaky: Any, tmp_path: Path) -> None:
     keep = LastCheckpoint("flaky://bucket/run", every_n_steps=2, keep_last=2, asynchronous=asynchronous)
-    straight = everything(fit(tmp_path, keep))
+    straight = everything(fit(tmp_path, keep, limit_val_batches=0))
     names = storage.Place("flaky://bucket/run").names()
     assert names == [".checkpoints.json", "last.ckpt", "step-00000004.ckpt", "step-00000006.ckpt"]
     assert step_in("flaky://bucket/run/last.ckpt") == 6
     same(load_network("flaky://bucket/run/last.ckpt").state_dict(), load_network("flaky://bucket/run/step-00000006.ckpt").state_dict())  # fmt: skip
     # and a run resumes from there, through the name that only points
     fit(tmp_path, LastCheckpoint("flaky://bucket/run", every_n_steps=2), max_steps=4)
-    again = fit(tmp_path, LastCheckpoint("flaky://bucket/run"), "flaky://bucket/run/last.ckpt")
+    keep = LastCheckpoint("flaky://bucket/run")
+    again = fit(tmp_path, keep, "flaky://bucket/run/last.ckpt", limit_val_batches=0)
     same(straight, everything(again))
     assert storage.Place("flaky://bucket/run").names() == [".checkpoints.json", "last.ckpt", "step-00000006.ckpt"]
 
