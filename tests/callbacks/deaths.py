@@ -19,6 +19,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +119,15 @@ def straight(folder: Path, kind: str, steps: int) -> dict[str, Any]:
     return dict(torch.load(finished, weights_only=True))
 
 
+def _die(folder: Path, kind: str, number: int) -> None:
+    fit(folder, kind, 4, [Arm(number)])
+
+
 def die_at_each_step(folder: Path, kind: str, every: int) -> None:
     expected = straight(folder, kind, 5)
     for number in itertools.count(1, every):
         shutil.rmtree(folder / "run", ignore_errors=True)
-        status = status_of(forked(lambda: fit(folder, kind, 4, [Arm(number)])))
+        status = status_of(forked(partial(_die, folder, kind, number)))
         assert status in (0, 9), status
         if status == 0:
             break

@@ -99,7 +99,7 @@ def test_the_best_are_kept(tmp_path: Path, mode: Any, best: dict[int, float]) ->
 
 
 def test_a_monitor_that_nothing_logs_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nothing is logged as 'val/los', its monitor; there are .*val/loss"):
+    with pytest.raises(ValueError, match=r"nothing is logged as 'val/los', its monitor; there are .*val/loss"):
         fit(tmp_path, LastCheckpoint(str(tmp_path / "run"), monitor="val/los"), **WITHIN)
 
 
@@ -244,9 +244,9 @@ def small_disk(tmp_path: Path) -> Any:
 
 def test_a_full_disk_leaves_the_checkpoint_before(small_disk: Path, tmp_path: Path) -> None:
     # the folder of a saving that failed is what the next one needs: nothing half is left to take its room
-    with pytest.raises(RuntimeError, match="2 checkpoints in a row could not be saved to .*disk: .*No space left"):
-        with pytest.warns(UserWarning, match="could not be saved .*No space left"):
-            fit(tmp_path, LastCheckpoint(str(small_disk), every_n_steps=1, max_failures=2))
+    stopped = pytest.raises(RuntimeError, match=r"2 checkpoints in a row could not be saved to .*disk: .*No space left")
+    with stopped, pytest.warns(UserWarning, match=r"could not be saved .*No space left"):
+        fit(tmp_path, LastCheckpoint(str(small_disk), every_n_steps=1, max_failures=2))
     assert seen(small_disk) == ["last.ckpt"] and step_in(small_disk / "last.ckpt") == 1
     assert not [name for name in os.listdir(small_disk) if name.startswith(storage.STAGING)]
 
@@ -322,7 +322,8 @@ def test_a_url_whose_server_is_busy_is_tried_again(asynchronous: bool, flaky: An
     names = storage.Place("flaky://bucket/run").names()
     assert names == [".checkpoints.json", "last.ckpt", "step-00000004.ckpt", "step-00000006.ckpt"]
     assert step_in("flaky://bucket/run/last.ckpt") == 6
-    same(load_network("flaky://bucket/run/last.ckpt").state_dict(), load_network("flaky://bucket/run/step-00000006.ckpt").state_dict())  # fmt: skip
+    one, other = (load_network(f"flaky://bucket/run/{name}.ckpt").state_dict() for name in ("last", "step-00000006"))
+    same(one, other)
     # and a run resumes from there, through the name that only points
     fit(tmp_path, LastCheckpoint("flaky://bucket/run", every_n_steps=2), max_steps=4)
     keep = LastCheckpoint("flaky://bucket/run")
@@ -336,9 +337,9 @@ def test_a_url_that_stays_away_is_one_error(flaky: Any, tmp_path: Path) -> None:
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
             Flaky.down = trainer.global_step >= 3
 
-    with pytest.warns(UserWarning, match="could not be saved to flaky://bucket/run: .*given up after 3 attempts"):
-        with pytest.raises(RuntimeError, match=r"given up after 3 attempts \(TimeoutError: the server is busy\)"):
-            fit(tmp_path, [Down(), LastCheckpoint("flaky://bucket/run", every_n_steps=2, retries=2)])
+    stopped = pytest.raises(RuntimeError, match=r"given up after 3 attempts \(TimeoutError: the server is busy\)")
+    with stopped, pytest.warns(UserWarning, match=r"could not be saved to flaky://bucket/run: .*after 3 attempts"):
+        fit(tmp_path, [Down(), LastCheckpoint("flaky://bucket/run", every_n_steps=2, retries=2)])
     Flaky.down = False
     assert step_in("flaky://bucket/run/last.ckpt") == 2
     Flaky.down = True
@@ -348,7 +349,7 @@ def test_a_url_that_stays_away_is_one_error(flaky: Any, tmp_path: Path) -> None:
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
             steps.append(trainer.global_step)
 
-    with pytest.raises(ValueError, match="cannot be written to flaky://bucket/run: .*given up after 1 attempt.*dirpath"):
+    with pytest.raises(ValueError, match=r"written to flaky://bucket/run: .*given up after 1 attempt.*dirpath"):
         fit(tmp_path, [Steps(), LastCheckpoint("flaky://bucket/run", retries=0)])
     assert not steps, "before training starts"
 
@@ -380,7 +381,8 @@ def test_errors_that_pass_and_errors_that_stay() -> None:
         def __init__(self, code: int) -> None:
             self.code = code
 
-    assert all(map(storage.is_transient, [TimeoutError(), ConnectionResetError(), OSError("odd"), Http(503), Http(429)]))
+    passing = [TimeoutError(), ConnectionResetError(), OSError("odd"), Http(503), Http(429)]
+    assert all(map(storage.is_transient, passing))
     stay = [FileNotFoundError(), PermissionError(), OSError(errno.ENOSPC, "full"), Http(403), ValueError(), KeyError()]
     assert not any(map(storage.is_transient, stay))
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 def deaths(folder: Path, *arguments: str) -> str:
     command = [sys.executable, "-m", "tests.callbacks.deaths", str(folder), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr[-4000:]
     return run.stdout

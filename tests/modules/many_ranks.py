@@ -49,7 +49,9 @@ class AtStart(Callback):
         self.state = state_of(trainer)
 
 
-def main(folder: Path, job: str, ranks: int, strategy: str, steps: int, name: str, path: str = "", how: str = "") -> None:
+def main(
+    folder: Path, job: str, ranks: int, strategy: str, steps: int, name: str, path: str = "", how: str = ""
+) -> None:
     if job == "language model":
         module, data = language_model(), text_data(folder, batch_size=4 // ranks)
     else:
