@@ -118,7 +118,8 @@ def _write_folder(job: Job, place: Place, is_first: bool, group: Any) -> None:
         return
     files = place.sizes(name)
     files.pop("meta.pt", None)
-    job.checkpoint["lit_palm"]["files"] = files
+    if "lit_palm" in job.checkpoint:
+        job.checkpoint["lit_palm"]["files"] = files
     _write_file(job.checkpoint, place, f"{name}/meta.pt")
     if place.local:
         sync_path(path)

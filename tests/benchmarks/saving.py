@@ -61,7 +61,7 @@ def measure(folder: Path, network: PaLMConfig, steps: int, every: int | None, as
     run = trainer(folder, callbacks=[clock, keep], max_steps=steps, max_epochs=-1, limit_val_batches=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        run.fit(LitLanguageModel(network), datamodule=text_data(folder, count=400, sequence_length=64))
+        run.fit(LitLanguageModel(network), datamodule=text_data(folder, batch_size=1, sequence_length=64))
     size = (place / "last.ckpt").stat().st_size
     return {"held": keep.held, "seconds": clock.times[-1] - clock.times[2], "bytes": size}
 
@@ -75,7 +75,7 @@ def main() -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
     sizes = {"d_model": 32, "num_layers": 1, "num_heads": 2, "head_dim": 16} if arguments.short else {}
-    steps, every = (6, 2) if arguments.short else (32, 6)
+    steps, every = (6, 2) if arguments.short else (20, 4)
     results: dict[str, Any] = {}
     ways: list[tuple[str, int | None, bool]] = [
         ("none", None, False),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import json
 import os
 import shutil
 import subprocess
@@ -20,7 +20,7 @@ from lit_palm.modules.checkpoint import consolidate, load_network, read_checkpoi
 from lit_palm.modules.safetensors_file import write_safetensors
 from lit_palm.objectives import LanguageModeling
 from tests.modules import many_ranks
-from tests.support import apart, config, language_model, same, text_data, trainer
+from tests.support import apart, config, language_model, same, sentence, text_data, trainer, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 
@@ -142,6 +142,14 @@ def test_shards_behind_a_url_are_as_good(shards: Path) -> None:
     same(dict(read_checkpoint("memory://bucket/last.ckpt").state_dict), dict(read_checkpoint(shards).state_dict))
 
 
+@pytest.mark.parametrize("place", ["url", "fsdp1"])
+def test_shards_behind_a_url_and_those_of_fsdp1_resume_everywhere(place: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.modules.odd_places", str(tmp_path), place]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 # ------------------------------------------------------------------------------------------ consolidation
 
 
@@ -194,6 +202,14 @@ def test_tensors_of_every_kind_are_written_as_safetensors_reads_them(tmp_path: P
 # ------------------------------------------------------------------------------------------ another run
 
 
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is said about a run that is resumed."""
+    lines: list[str] = []
+    monkeypatch.setattr("lit_palm.modules.compatibility.rank_zero_info", lines.append)
+    return lines
+
+
 class Other(LanguageModeling):
     """The same loss under another name."""
 
@@ -225,19 +241,35 @@ def test_another_objective_optimiser_or_data_is_refused(tmp_path: Path) -> None:
             text_data(tmp_path, seed=1))  # fmt: skip
 
 
-def test_the_same_data_elsewhere_and_other_data_between_epochs_are_allowed(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_same_data_elsewhere_and_other_data_between_epochs_are_allowed(tmp_path: Path, said: list[str]) -> None:
     path = saved(tmp_path)
     moved = text_data(tmp_path / "elsewhere")
     trainer(tmp_path, max_steps=5).fit(language_model(), datamodule=moved, ckpt_path=path)
     path = saved(tmp_path, steps=6)  # an epoch
-    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    log.addHandler(caplog.handler)
     other = text_data(tmp_path / "other", count=30)
     trainer(tmp_path, max_steps=8).fit(language_model(), datamodule=other, ckpt_path=path)
-    log.removeHandler(caplog.handler)
-    assert "resuming with other settings than the checkpoint's: other data" in caplog.text
+    assert "resuming with other settings than the checkpoint's: other data" in said
+
+
+def test_settings_that_may_differ_are_named(tmp_path: Path, said: list[str]) -> None:
+    source = write_jsonl(tmp_path / "text.jsonl", [{"text": sentence(i)} for i in range(24)])
+    network = {"class_path": "PaLMConfig", "init_args": {"d_model": 16, "num_layers": 1, "num_heads": 2, "head_dim": 8}}
+    model = {"class_path": "LitLanguageModel", "init_args": {"network": network}}
+    data = {"class_path": "TextData", "init_args": {"train": source, "tokenizer": "bytes", "sequence_length": 24}}
+    last = {"class_path": "lit_palm.callbacks.LastCheckpoint", "init_args": {"dirpath": str(tmp_path / "run")}}
+    flags = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "callbacks": [last], "max_steps": 2}
+    (tmp_path / "run.yaml").write_text(json.dumps({"trainer": flags, "model": model, "data": data}))
+    command = ["fit", "--config", str(tmp_path / "run.yaml")]
+    assert main(command) == 0
+    header = read_checkpoint(tmp_path / "run" / "last.ckpt").header
+    assert header["config"]["trainer"]["max_steps"] == 2 and header["config"]["data"]["class_path"].endswith("TextData")
+    assert json.loads(json.dumps(header["config"])) == header["config"]
+    resume = [f"--ckpt_path={tmp_path}/run/last.ckpt", "--trainer.max_steps=3", "--trainer.gradient_clip_val=0.5"]
+    assert main([*command, *resume]) == 0
+    assert said == [
+        "resuming with other settings than the checkpoint's: trainer.max_steps 2 -> 3; "
+        "trainer.gradient_clip_val null -> 0.5"
+    ]
 
 
 def test_evaluation_asks_for_no_objective(tmp_path: Path) -> None:
