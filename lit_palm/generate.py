@@ -1,4 +1,4 @@
-"""`lit-palm generate` and `lit-palm export`: what to do with a checkpoint when no Trainer is needed.
+"""`lit-palm generate`, `export` and `consolidate`: what to do with a checkpoint when no Trainer is needed.
 
 lit-palm generate --checkpoint runs/demo/ppo/last.ckpt --prompt "The film" --max_new_tokens 40
 lit-palm generate --checkpoint runs/demo/ppo/last.ckpt --file prompts.txt --output completions.jsonl
@@ -18,7 +18,7 @@ import torch
 
 from lit_palm.rollout.sampling import Sampling
 
-__all__ = ["export_main", "main"]
+__all__ = ["consolidate_main", "export_main", "main"]
 
 
 def _parser() -> Any:
@@ -159,4 +159,19 @@ def export_main(argv: Sequence[str]) -> int:
     args = _parse(parser, argv)
     export_folder(args.checkpoint, args.folder)
     print(f"wrote {args.folder}", file=sys.stderr)
+    return 0
+
+
+def consolidate_main(argv: Sequence[str]) -> int:
+    """Run `lit-palm consolidate`."""
+    from jsonargparse import ArgumentParser
+
+    from lit_palm.modules.checkpoint import consolidate
+
+    parser = ArgumentParser(prog="lit-palm consolidate", description=consolidate.__doc__, exit_on_error=False)
+    parser.add_argument("checkpoint", type=str, help="A folder of shards, or any other checkpoint.")
+    parser.add_argument("target", type=str, help="A folder for safetensors files, or the name of a file, x.ckpt.")
+    args = _parse(parser, argv)
+    consolidate(args.checkpoint, args.target)
+    print(f"wrote {args.target}", file=sys.stderr)
     return 0

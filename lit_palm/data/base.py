@@ -111,6 +111,8 @@ class TokenizedData(LightningDataModule, ABC):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.tokenizer: Any = tokenizer
         """The tokenizer: as given until `setup`, a ready `Tokenizer` afterwards."""
+        self.fingerprint: str | None = None
+        """Tells the training data and their order from others, after `setup`."""
         self.shuffle = shuffle
         self.length_window = length_window
         self.seed = seed
@@ -167,7 +169,11 @@ class TokenizedData(LightningDataModule, ABC):
             if self.sources[name][0] is None and name == needed[0]:
                 raise ValueError(f"data.{name} is not set: name a file, folder, glob, URL or hub dataset")
             if self.sources[name][0] is not None and name not in self._elements:
-                self._elements[name] = self.elements(self._tokenised(name, tokenizer), tokenizer)
+                columns = self._tokenised(name, tokenizer)
+                self._elements[name] = self.elements(columns, tokenizer)
+                if name == "train":
+                    order = [len(self._elements[name]), self.shuffle, self.length_window, self.seed]
+                    self.fingerprint = f"{columns.fingerprint()[:32]}-{'-'.join(map(str, order))}"
 
     def train_dataloader(self) -> Any:
         shuffle = self.shuffle and not getattr(self.trainer, "overfit_batches", 0)

@@ -6,6 +6,12 @@ A checkpoint is a Lightning `.ckpt` file (or a directory, when a sharded strateg
     lit_palm:
         format: 1                                       layout of this dictionary
         version: 0.1.0                                  the lit_palm that wrote it
+        versions: {lit_palm, torch, lightning, python}
+        config: {...}                                   the run's configuration as plain data
+        world: {strategy, ranks}                        what wrote it
+        data: {class_path, fingerprint}                 what it was trained on; the position is the data module's state
+        optimizer: {class_path, parameters}             names of the parameters, in the order of the optimiser's state
+        files: {name: bytes}                            the other files of a folder of shards
         kind: language_model | reward | policy          which module wrote it
         networks: {role: {class_path, init_args}}       role: policy, value or reward (the latter two with `pooling`)
         tokenizer: {...}                                everything needed to rebuild the tokeniser and its template
@@ -15,7 +21,8 @@ A checkpoint is a Lightning `.ckpt` file (or a directory, when a sharded strateg
         seed: 0                                         what dropout is drawn from
 
 and its `state_dict` has the weights under `networks.{role}.`. The frozen reference and reward models are not in it:
-they are read from where they came from.
+they are read from where they came from. `versions`, `config`, `world`, `data`, `optimizer` and `files` are not in
+checkpoints of earlier versions, which load all the same.
 
 An exported folder (`config.json` with the same `networks` and `tokenizer` entries, and `{role}.safetensors`) loads too.
 """
@@ -24,12 +31,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import io
 import json
 import os
-import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import fsspec
@@ -38,6 +42,18 @@ from torch import Tensor, nn
 
 from lit_palm.data.tokenizers import Tokenizer, tokenizer_from_dict
 from lit_palm.models.base import Network, NetworkConfig, ScalarNetwork
+from lit_palm.modules.layouts import (
+    READ_RETRIES,
+    check_shards,
+    folder_header,
+    folder_weights,
+    load_file,
+    load_shards,
+    near,
+    open_weights,
+)
+from lit_palm.modules.safetensors_file import write_safetensors
+from lit_palm.modules.storage import resolve, retrying
 
 __all__ = [
     "FORMAT",
@@ -45,6 +61,7 @@ __all__ = [
     "Role",
     "config_from_dict",
     "config_to_dict",
+    "consolidate",
     "export_folder",
     "load_checkpoint_tokenizer",
     "read_checkpoint",
@@ -109,67 +126,6 @@ def config_from_dict(data: dict[str, Any], where: str) -> NetworkConfig:
         raise ValueError(f"{where}: written by another version of {data['class_path']}: {error}") from error
 
 
-def _load_file(path: str) -> dict[str, Any]:
-    with fsspec.open(path, "rb") as file:
-        raw = file.read() if "://" in path else None
-    try:
-        source: Any = io.BytesIO(raw) if raw is not None else path
-        loaded = torch.load(
-            source, map_location="cpu", weights_only=True, mmap=raw is None and zipfile.is_zipfile(path)
-        )
-    except Exception as error:  # the unpickler raises whatever it stumbles over
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"{path}: not a safe checkpoint ({why}). lit_palm loads whole files of tensors and plain data only; a "
-            "pickle from elsewhere can run any code when it is opened: convert it to safetensors with the tool that "
-            "made it"
-        ) from error
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{path}: holds a {type(loaded).__name__}, not a lit_palm checkpoint")
-    return loaded
-
-
-def _load_shards(path: str) -> dict[str, Tensor]:
-    """A directory of `torch.distributed.checkpoint` shards, as Lightning's sharded strategies write it."""
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
-
-    state: dict[str, Any] = {}
-    _load_state_dict(state, storage_reader=FileSystemReader(path), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
-    return {k.removeprefix("_forward_module."): v for k, v in state["state_dict"].items()}
-
-
-def _folder_header(path: str) -> dict[str, Any]:
-    try:
-        with fsspec.open(f"{path}/config.json", "rt", encoding="utf-8") as file:
-            header = json.load(file)
-    except ValueError as error:
-        raise ValueError(f"{path}/config.json: not JSON ({error})") from error
-    if not isinstance(header, dict) or "networks" not in header:
-        raise ValueError(f"{path}/config.json: has no `networks`; it is not a folder that lit_palm exported")
-    return header
-
-
-def _folder_weights(path: str, header: dict[str, Any]) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load, load_file
-
-    weights: dict[str, Tensor] = {}
-    for role in header["networks"]:
-        name = f"{path}/{role}.safetensors"
-        try:
-            if "://" in name:
-                with fsspec.open(name, "rb") as file:
-                    tensors = load(file.read())
-            else:
-                tensors = load_file(name)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{name}: cannot be read as safetensors ({error}); export the checkpoint again") from error
-        weights |= {f"networks.{role}.{k}": v for k, v in tensors.items()}
-    return weights
-
-
 def read_checkpoint(path: str | os.PathLike[str], header_only: bool = False) -> Checkpoint:
     """Read a checkpoint file, a sharded directory or an exported folder, from disk or any fsspec URL.
 
@@ -180,25 +136,22 @@ def read_checkpoint(path: str | os.PathLike[str], header_only: bool = False) -> 
     Raises:
         ValueError: it does not exist, is not safe to load, is not a lit_palm checkpoint, or has another format.
     """
-    path = os.fspath(path).rstrip("/")
+    path = resolve(path)
     filesystem, inner = fsspec.core.url_to_fs(path)
-    if not filesystem.exists(inner):
-        hint = ""
-        parent = Path(path).parent
-        if "://" not in path and parent.is_dir():
-            found = sorted(str(p) for p in parent.rglob("*.ckpt"))[:5]
-            hint = f"; near it are: {', '.join(found)}" if found else ""
-        raise ValueError(f"checkpoint {path!r} does not exist{hint}. Run the stage that writes it first.")
-    if filesystem.isdir(inner):
+    if not retrying(lambda: filesystem.exists(inner), path, READ_RETRIES):
+        raise ValueError(f"checkpoint {path!r} does not exist{near(path)}. Run the stage that writes it first.")
+    if retrying(lambda: filesystem.isdir(inner), path, READ_RETRIES):
         if filesystem.exists(f"{inner}/config.json"):
-            own = _folder_header(path)
-            loaded = {"lit_palm": own, "state_dict": {} if header_only else _folder_weights(path, own)}
+            own = folder_header(path)
+            loaded = {"lit_palm": own, "state_dict": {} if header_only else folder_weights(path, own)}
         elif filesystem.exists(f"{inner}/meta.pt"):
-            loaded = {**_load_file(f"{path}/meta.pt"), "state_dict": {} if header_only else _load_shards(path)}
+            loaded = load_file(f"{path}/meta.pt")
+            check_shards(path, loaded.get("lit_palm") or {})
+            loaded["state_dict"] = {} if header_only else load_shards(path)["state_dict"]
         else:
             raise ValueError(f"{path}: a directory with neither config.json nor meta.pt is not a checkpoint")
     else:
-        loaded = _load_file(path)
+        loaded = load_file(path)
     header = loaded.get("lit_palm")
     if not isinstance(header, dict):
         raise ValueError(f"{path}: has no `lit_palm` entry, so it was not written by a lit_palm module")
@@ -207,7 +160,7 @@ def read_checkpoint(path: str | os.PathLike[str], header_only: bool = False) -> 
             f"{path}: checkpoint format {header.get('format')!r}, written by lit_palm {header.get('version')}; "
             f"this version reads format {FORMAT}. Install the version that wrote it."
         )
-    return Checkpoint(path, header, loaded["state_dict"])
+    return Checkpoint(path, header, loaded.get("state_dict", {}))
 
 
 def load_checkpoint_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
@@ -233,14 +186,47 @@ def read_config(path: str | os.PathLike[str]) -> NetworkConfig:
 
 
 def export_folder(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
-    """Write the networks and tokeniser of a checkpoint as `config.json` and one safetensors file a network."""
-    from safetensors.torch import save_file
+    """Write the networks and tokeniser of a checkpoint as `config.json` and one safetensors file a network.
 
-    checkpoint = read_checkpoint(path)
+    Of a checkpoint on disk one tensor at a time is in memory. `config.json` is written last.
+
+    Raises:
+        ValueError: as `read_checkpoint`.
+    """
+    checkpoint = read_checkpoint(path, header_only=True)
     os.makedirs(folder, exist_ok=True)
-    for role in checkpoint.header["networks"]:
-        weights = {k: v.contiguous() for k, v in checkpoint.weights(role).items()}
-        save_file(weights, os.path.join(folder, f"{role}.safetensors"), metadata={"format": "pt"})
+    with open_weights(checkpoint.path) as weights:
+        for role in checkpoint.header["networks"]:
+            prefix = f"networks.{role}."
+            own = {name.removeprefix(prefix): name for name in weights if name.startswith(prefix)}
+            write_safetensors(os.path.join(folder, f"{role}.safetensors"), own, weights)
     header = {k: checkpoint.header[k] for k in ("format", "version", "kind", "networks", "tokenizer")}
-    with open(os.path.join(folder, "config.json"), "w") as file:
+    new = os.path.join(folder, ".config.json.tmp")
+    with open(new, "w", encoding="utf-8") as file:
         json.dump(header, file, indent=2)
+    os.replace(new, os.path.join(folder, "config.json"))
+
+
+def consolidate(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Put the weights of a folder of shards, or of any checkpoint, together in one place that every stage starts from.
+
+    Args:
+        path: the checkpoint.
+        target: a folder, which gets what `export_folder` writes, one tensor at a time; or the name of a file that ends
+            in `.ckpt`, for whose weights there must be memory. Neither holds the optimiser's state.
+
+    Raises:
+        ValueError: as `read_checkpoint`, or the target is the checkpoint itself.
+    """
+    target = os.fspath(target)
+    if os.path.abspath(resolve(path)) == os.path.abspath(resolve(target)):
+        raise ValueError(f"{target}: is the checkpoint itself; name another target")
+    if not target.endswith(".ckpt"):
+        export_folder(path, target)
+        return
+    checkpoint = read_checkpoint(path)
+    header = {k: v for k, v in checkpoint.header.items() if k not in ("files", "optimizer")}
+    os.makedirs(os.path.dirname(os.path.abspath(target)), exist_ok=True)
+    new = os.path.join(os.path.dirname(target), f".{os.path.basename(target)}.tmp")
+    torch.save({"lit_palm": header, "state_dict": checkpoint.state_dict}, new)
+    os.replace(new, target)

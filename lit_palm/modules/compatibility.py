@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from lit_palm.models.base import Network, NetworkConfig, ScalarNetwork
 from lit_palm.modules.checkpoint import FORMAT
+from lit_palm.modules.origin import class_path, differences
 from lit_palm.objectives.base import Kind, Need, Objective
 from lit_palm.parallel.sharded import bare
 
-__all__ = ["check_objective", "check_resumable", "config_of"]
+__all__ = ["check_objective", "check_optimizer", "check_resumable", "check_same_run", "config_of"]
 
 MODULES: dict[str, str] = {"language_model": "LitLanguageModel", "reward": "LitRewardModel", "policy": "LitPolicy"}
 """Which module runs objectives of a kind."""
@@ -79,9 +81,77 @@ def check_resumable(header: dict[str, Any] | None, own: dict[str, Any], networks
         )
     if header["tokenizer"] != own["tokenizer"]:
         raise ValueError("the checkpoint to resume was trained with another tokeniser than the data brings")
+    split, ours = ((side.get("world") or {}).get("tensor_parallel", 1) for side in (header, own))
+    if (split > 1) != (ours > 1):  # the matrices of a block are kept apart, and so is what the optimiser knows of them
+        raise ValueError(
+            f"the checkpoint to resume was written with tensor_parallel_size {split}, the strategy has {ours}: "
+            f"resume it {'with' if split > 1 else 'without'} tensor parallelism, or start a new run "
+            "from its weights with --model.network"
+        )
     for role, config in own["networks"].items():
         _check_network(role, header["networks"].get(role), config, config_of(networks[role]).CHANGEABLE)
     return header
+
+
+def check_same_run(checkpoint: dict[str, Any], own: dict[str, Any]) -> None:
+    """Refuse to go on with training as another one, and say which settings of it are new.
+
+    Args:
+        checkpoint: what is resumed; its header has passed `check_resumable`.
+        own: what the module's `header()` gives now.
+
+    Raises:
+        ValueError: another objective, or in the middle of an epoch other data.
+    """
+    header = checkpoint["lit_palm"]
+    theirs, ours = header["objective"]["class_path"], own["objective"]["class_path"]
+    if theirs != ours:
+        raise ValueError(
+            f"the checkpoint to resume was trained with {theirs.rpartition('.')[2]}, the configuration names "
+            f"{ours.rpartition('.')[2]}; to go on with another objective, start a new run from its weights with "
+            "--model.network instead of --ckpt_path"
+        )
+    before, now = header.get("data") or {}, own.get("data") or {}
+    position = checkpoint.get((before.get("class_path") or "").rpartition(".")[2])
+    batch = position.get("batch", 0) if isinstance(position, dict) else 0
+    if batch and before.get("fingerprint") and before["fingerprint"] != now.get("fingerprint"):
+        raise ValueError(
+            f"the checkpoint to resume was saved after {batch} batches of an epoch of other data, or of the same data "
+            "in another order or length: resume with the data, tokeniser and data settings it was written with, or "
+            "start a new run from its weights with --model.network"
+        )
+    new = differences(header.get("config") or {}, own.get("config") or {}) if header.get("config") else []
+    new = [line for line in new if line.partition(" ")[0] not in _ITS_OWN]
+    if (before.get("fingerprint"), before.get("class_path")) != (now.get("fingerprint"), now.get("class_path")):
+        new += ["other data"] if before.get("fingerprint") else []
+    if (header.get("world") or own["world"]) != own["world"]:
+        new.append(f"{_ranks(header['world'])} -> {_ranks(own['world'])}")
+    if new:
+        more = f"; and {len(new) - 12} more" if len(new) > 12 else ""
+        rank_zero_info(f"resuming with other settings than the checkpoint's: {'; '.join(new[:12])}{more}")
+
+
+_ITS_OWN = {"ckpt_path", "weights_only"}
+"""Settings that say how a run is resumed."""
+
+
+def _ranks(world: dict[str, Any]) -> str:
+    return f"{world['strategy']} on {world['ranks']} rank{'s' if world['ranks'] > 1 else ''}"
+
+
+def check_optimizer(header: dict[str, Any], optimizers: list[Any]) -> None:
+    """Refuse the state of another optimiser.
+
+    Raises:
+        ValueError: naming both classes, and the way out.
+    """
+    theirs = (header.get("optimizer") or {}).get("class_path")
+    if theirs and optimizers and theirs != class_path(optimizers[0]):
+        raise ValueError(
+            f"the checkpoint to resume was trained with {theirs}, the configuration names {class_path(optimizers[0])}: "
+            "the state of one means nothing to the other. Name the same optimiser, or start a new run from its weights "
+            "with --model.network"
+        )
 
 
 def _check_network(role: str, there: dict[str, Any] | None, here: dict[str, Any], free: frozenset[str]) -> None:

@@ -23,10 +23,11 @@ from torch.optim import Optimizer
 from lit_palm.data.tokenizers import Tokenizer
 from lit_palm.models.base import NetworkConfig
 from lit_palm.models.weights import local
-from lit_palm.modules import resume
+from lit_palm.modules import restoring, resume
 from lit_palm.modules.checkpoint import FORMAT, load_checkpoint_tokenizer, network_to_dict, read_config
-from lit_palm.modules.compatibility import check_objective, check_resumable, config_of
+from lit_palm.modules.compatibility import check_objective, check_resumable, check_same_run, config_of
 from lit_palm.modules.means import Means
+from lit_palm.modules.origin import origin
 from lit_palm.modules.sharding import Sharding
 from lit_palm.modules.spread import SpreadModule
 from lit_palm.modules.step_weight import StepWeight
@@ -88,6 +89,7 @@ class LitModule(SpreadModule):
         self.loss_terms: tuple[str, ...] = ()
         """Validation metrics that add up to the loss, of an objective with several terms."""
         self._seed: int | None = None
+        self.run_config: dict[str, Any] | None = None
         self.step_weight = StepWeight()
         self._frozen: frozenset[str] = frozenset()
         self._watched: dict[str, list[Tensor]] = {}
@@ -107,6 +109,7 @@ class LitModule(SpreadModule):
         if self.tokenizer is None or isinstance(self.tokenizer, str):
             raise ValueError("no tokeniser: name one with --data.tokenizer, or a checkpoint with --model.network")
         self.find_layout()
+        restoring.install(self.trainer, lambda header: check_resumable(header, self.header(), self.networks))
         if stage == "fit":
             resume.check_trainer(self.trainer, "rollouts" in self.objective.needs)
         # with 16-bit weights Lightning would round what batches hold (old log-probabilities, advantages, returns), and
@@ -264,19 +267,15 @@ class LitModule(SpreadModule):
     def header(self) -> dict[str, Any]:
         """The `lit_palm` entry of a checkpoint (see `lit_palm.modules.checkpoint`)."""
         assert self.tokenizer is not None
-        objective = type(self.objective)
         return {
             "format": FORMAT,
             "version": __version__,
             "kind": self.kind,
             "networks": {role: network_to_dict(bare(network)) for role, network in self.networks.items()},
             "tokenizer": self.tokenizer.to_dict(),
-            "objective": {
-                "class_path": f"{objective.__module__}.{objective.__qualname__}",
-                "state": self.objective.state_dict(),
-            },
             "num_tokens": int(self.num_tokens_seen),
             "seed": self._seed,
+            **origin(self),
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -289,8 +288,9 @@ class LitModule(SpreadModule):
         Raises:
             ValueError: naming what differs and the way out.
         """
-        own = self.header()
-        header = check_resumable(checkpoint.get("lit_palm"), own, self.networks)
+        header = check_resumable(checkpoint.get("lit_palm"), own := self.header(), self.networks)
+        if self.trainer.state.fn == "fit":
+            check_same_run(checkpoint, own)
         if header["objective"]["class_path"] == own["objective"]["class_path"]:
             self.objective.load_state_dict(header["objective"]["state"])
         self.num_tokens_seen = int(header["num_tokens"])

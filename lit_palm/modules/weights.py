@@ -23,7 +23,8 @@ from torch.distributed.tensor import DTensor
 
 from lit_palm.models.base import Network, NetworkConfig, ScalarNetwork
 from lit_palm.models.weights import Fresh, Source, fill, fresh_seed, named_weights
-from lit_palm.modules.checkpoint import Checkpoint, Role, config_from_dict, read_checkpoint
+from lit_palm.modules.checkpoint import Role, config_from_dict, read_checkpoint
+from lit_palm.modules.layouts import open_weights
 from lit_palm.parallel.sharded import clean_name
 from lit_palm.parallel.tensor import Joined
 
@@ -31,24 +32,28 @@ __all__ = ["Blueprint", "blueprint", "fingerprint", "load_network", "over"]
 
 
 class Stored(Source):
-    """The weights of one network of a checkpoint.
+    """The weights of one network of a checkpoint, read when they are asked for.
 
     Args:
-        checkpoint: as read; its tensors may still be on the disk.
+        path: of the checkpoint.
         role: of the network there.
     """
 
-    def __init__(self, checkpoint: Checkpoint, role: str) -> None:
-        self.weights = checkpoint.weights(role)
+    def __init__(self, path: str, role: str) -> None:
+        with open_weights(path) as weights:
+            self.weights, self.prefix = Joined(weights), f"networks.{role}."
+        self._last: tuple[str, Tensor] | None = None
 
     def names(self) -> Iterable[str]:
-        return self.weights
+        return [name.removeprefix(self.prefix) for name in self.weights if name.startswith(self.prefix)]
 
     def shape(self, name: str) -> Sequence[int]:
-        return tuple(self.weights[name].shape)
+        return self.weights.shape(self.prefix + name)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        weight = self.weights[name]
+        if self._last is None or self._last[0] != name:  # where one is put together from shards, only one at a time
+            self._last = name, self.weights[self.prefix + name]
+        weight = self._last[1]
         return weight[start:stop] if weight.dim() else weight
 
 
@@ -159,7 +164,7 @@ def blueprint(
     if isinstance(network, NetworkConfig):
         return Blueprint(network, seed, None if role == "policy" else "last")
     path = os.fspath(network)
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, header_only=True)
     networks = checkpoint.header["networks"]
     sources = {"policy": ("policy",), "reward": ("reward",), "value": ("value", "reward", "policy")}[role]
     there = next((s for s in sources if s in networks), None)
@@ -174,7 +179,7 @@ def blueprint(
         )
     config = dataclasses.replace(config, **(overrides or {}))  # type: ignore[type-var]
     pooling = None if role == "policy" else networks[there].get("pooling", "last")
-    stored = Joined(Stored(checkpoint, there))
+    stored = Stored(checkpoint.path, there)
     return Blueprint(config, seed, pooling, stored, trunk_only=pooling is not None and there == "policy", where=path)
 
 

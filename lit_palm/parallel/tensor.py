@@ -12,7 +12,7 @@ its parts are split differently; a checkpoint that holds five is read as one (`J
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from lit_palm.models.base import ScalarNetwork
 from lit_palm.models.palm import Block, PaLM, PaLMConfig
-from lit_palm.models.weights import Source, local
+from lit_palm.models.weights import local
 
 __all__ = ["Joined", "ParallelBlock", "parallelize"]
 
@@ -166,36 +166,30 @@ def spread(module: nn.Module, mesh: DeviceMesh, placement: Placement) -> None:
         setattr(module, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
 
 
-class Joined(Source):
-    """A source that may hold the five parts of the fused matrices, read as one that holds them fused."""
+class Joined(Mapping[str, Tensor]):
+    """Weights by name, some of which may be the five parts of fused matrices, as if they were fused."""
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self._names = set(source.names())
-        self._fused = {
-            name.removesuffix("q.weight")
-            for name in self._names
-            if name.endswith(".q.weight") and f"{name.removesuffix('q.weight')}up.weight" in self._names
-        }
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self.weights = weights
+        blocks = {name.removesuffix("q.weight") for name in weights if name.endswith(".q.weight")}
+        self._parts = {f"{block}{FUSED}": [f"{block}{part}.weight" for part in PARTS] for block in sorted(blocks)}
+        self._parts = {k: parts for k, parts in self._parts.items() if all(part in weights for part in parts)}
+        hidden = {part for parts in self._parts.values() for part in parts}
+        self._names = [*(name for name in weights if name not in hidden), *self._parts]
 
-    def _parts(self, name: str) -> list[str]:
-        block = name.removesuffix(FUSED)
-        return [f"{block}{part}.weight" for part in PARTS] if name.endswith(FUSED) and block in self._fused else []
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._parts:
+            return torch.cat([self.weights[part] for part in self._parts[name]])
+        return self.weights[name]
 
-    def names(self) -> Iterable[str]:
-        parts = {f"{block}{part}.weight" for block in self._fused for part in PARTS}
-        return [*(self._names - parts), *(f"{block}{FUSED}" for block in self._fused)]
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
 
-    def shape(self, name: str) -> Sequence[int]:
-        shapes = [self.source.shape(part) for part in self._parts(name)]
-        return (sum(s[0] for s in shapes), *shapes[0][1:]) if shapes else self.source.shape(name)
+    def __len__(self) -> int:
+        return len(self._names)
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        found, first = [], 0
-        for part in self._parts(name):
-            size = self.source.shape(part)[0]
-            low, high = max(start, first), min(stop, first + size)
-            if low < high:
-                found.append(self.source.rows(part, low - first, high - first))
-            first += size
-        return torch.cat(found) if found else self.source.rows(name, start, stop)
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a weight, without reading it where the weights tell."""
+        of: Any = getattr(self.weights, "shape", lambda name: tuple(self.weights[name].shape))
+        shapes = [of(part) for part in self._parts.get(name, [name])]
+        return (sum(s[0] for s in shapes), *shapes[0][1:]) if len(shapes) > 1 else shapes[0]

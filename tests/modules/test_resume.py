@@ -24,7 +24,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lit_palm.callbacks import LastCheckpoint
-from lit_palm.callbacks.last_checkpoint import _replace
 from lit_palm.modules.checkpoint import read_checkpoint
 from lit_palm.modules.reference import ReferenceUpdate
 from lit_palm.optim import CosineWithWarmup
@@ -243,37 +242,6 @@ def test_the_step_that_loggers_see_goes_on(tmp_path: Path) -> None:
     runs.run(tmp_path / "ended" / "last.ckpt", callback=Steps(str(tmp_path / "more")), max_epochs=3)
     # Lightning's callbacks come before the module's own hook, so the first value is still Lightning's
     assert steps[1:] == [4, 5, 6, 7, 8]
-
-
-def test_a_saving_that_breaks_off_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lightning writes to the system's temporary folder and moves the file, which between disks is a copy."""
-    runs = Runs("language model", tmp_path, 1, max_steps=6)
-    path = tmp_path / "place" / "last.ckpt"
-    moves: list[str] = []
-
-    def to_another_disk(source: str, target: str, *args: Any, **kwargs: Any) -> None:
-        whole = Path(source).read_bytes()
-        moves.append(target)
-        Path(target).write_bytes(whole if len(moves) == 1 else whole[: len(whole) // 2])
-        if len(moves) > 1:
-            raise Killed
-
-    monkeypatch.setattr(shutil, "move", to_another_disk)
-    runs.run(callback=LastCheckpoint(str(path.parent), every_n_steps=2))
-    assert len(moves) == 2, "the second saving broke off"
-    assert torch.load(path, weights_only=True)["global_step"] == 2
-
-
-def test_a_folder_of_shards_replaces_a_file_and_another_folder(tmp_path: Path) -> None:
-    path = tmp_path / "last.ckpt"
-    path.write_text("a file")
-    for number in range(2):
-        new = tmp_path / ".last.ckpt.new"
-        new.mkdir()
-        (new / f"shard{number}").touch()
-        _replace(new, path)
-        assert [p.name for p in path.iterdir()] == [f"shard{number}"]
-    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"], "nothing else is left"
 
 
 SCRIPT = """
