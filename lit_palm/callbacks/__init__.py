@@ -2,6 +2,7 @@
 
 from lit_palm.callbacks.files import MetricsFile, PredictionWriter, RolloutWriter
 from lit_palm.callbacks.last_checkpoint import LastCheckpoint
+from lit_palm.callbacks.finite import NonFiniteGuard
 from lit_palm.callbacks.learning_rate import LearningRate
 from lit_palm.callbacks.progress import ProgressBar
 from lit_palm.callbacks.samples import SampleLogger
@@ -13,6 +14,7 @@ __all__ = [
     "LastCheckpoint",
     "LearningRate",
     "MetricsFile",
+    "NonFiniteGuard",
     "PredictionWriter",
     "ProgressBar",
     "RolloutWriter",

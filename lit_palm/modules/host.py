@@ -26,6 +26,7 @@ from lit_palm.models.base import Network, NetworkConfig
 from lit_palm.modules import resume
 from lit_palm.modules.checkpoint import FORMAT, load_checkpoint_tokenizer, load_network, network_to_dict, read_config
 from lit_palm.modules.compatibility import check_objective, check_resumable, config_of
+from lit_palm.modules.finite import FiniteSteps
 from lit_palm.modules.means import Means
 from lit_palm.modules.sharding import check_strategy, shard
 from lit_palm.modules.step_weight import StepWeight
@@ -83,7 +84,7 @@ class LitModule(LightningModule):
         self.loss_terms: tuple[str, ...] = ()
         """Validation metrics that add up to the loss, of an objective with several terms."""
         self._seed: int | None = None
-        self.step_weight = StepWeight()
+        self.step_weight, self.finite = StepWeight(), FiniteSteps()
         self._frozen: frozenset[str] = frozenset()
         self._watched: dict[str, list[Tensor]] = {}
 
@@ -186,7 +187,7 @@ class LitModule(LightningModule):
     # ------------------------------------------------------------------ the step
 
     def on_train_start(self) -> None:
-        self._reset_step()
+        self.reset_step()
         if self._seed is None:  # a resumed run goes on with the seed it began with
             self._seed = int(self.trainer.strategy.broadcast(torch.initial_seed() % 2**63))
 
@@ -194,8 +195,9 @@ class LitModule(LightningModule):
         assert self._seed is not None
         resume.align(self.trainer, self._seed)
 
-    def _reset_step(self) -> None:
+    def reset_step(self) -> None:
         self.step_weight, self._frozen, self._watched = StepWeight(), frozenset(), {}
+        self.finite.forget()
 
     def loss_of(self, output: Output, batch: Experience) -> Loss:
         """The objective's summed loss of a micro-batch.
@@ -222,6 +224,7 @@ class LitModule(LightningModule):
     def account(self, loss: Loss, batch: Experience) -> Tensor:
         """Add a micro-batch's weight to the optimiser step's, log its metrics, and give the scalar to differentiate."""
         total, shown = self.step_weight.add(self, loss, batch)
+        self.finite.saw(total)
         self._frozen |= loss.frozen
         for name in self.objective.watches:
             value, count = loss.metrics[name]
@@ -243,25 +246,27 @@ class LitModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divide by the weight of the whole step; drop what this step must not change."""
+        if not self.finite.taken(self):
+            return  # its gradients are dropped
         factor = self.step_weight.factor(self)
         if "rollouts" in self.objective.needs and not self.step_weight.total > 0:
-            self._drop_gradients(self.networks)  # nothing to learn from: momentum and decay must not move anything
+            self.drop_gradients(self.networks)  # nothing to learn from: momentum and decay must not move anything
         grads = [_local(p.grad) for p in self.parameters() if p.grad is not None]
         if grads:
             torch._foreach_mul_(grads, factor.to(grads[0].dtype))
         for role in self._frozen:
-            self._drop_gradients(self.networks[role])
+            self.drop_gradients(self.networks[role])
         if self._watched:
             sums = {k: self.all_sum(torch.stack(v).sum(0)).tolist() for k, v in self._watched.items()}
             if self.objective.after_step({k: s / max(n, 1) for k, (s, n) in sums.items()}):
-                self._drop_gradients(self.networks)
+                self.drop_gradients(self.networks)
                 self.stop_update()
-        self._reset_step()
+        self.reset_step()
 
     def stop_update(self) -> None:
         """Leave the rest of a collection's minibatches unused; modules with rollouts override it."""
 
-    def _drop_gradients(self, network: nn.Module) -> None:
+    def drop_gradients(self, network: nn.Module) -> None:
         for p in network.parameters():
             p.grad = None  # not zero: momentum and weight decay would move the weights all the same
 
@@ -270,7 +275,8 @@ class LitModule(LightningModule):
     ) -> None:
         """As Lightning's, and logs `grad_norm` (before clipping); optionally each network by its own norm."""
         if gradient_clip_algorithm == "value" and gradient_clip_val is not None:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            if any(p.grad is not None for p in self.parameters()):  # torch cannot clip the values of a dropped step
+                self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             gradient_clip_val = None
         bound = float(gradient_clip_val) if gradient_clip_val else float("inf")
         parts = list(self.networks.values()) if self.clip_per_network else [self.networks]
@@ -297,6 +303,7 @@ class LitModule(LightningModule):
             },
             "num_tokens": int(self.num_tokens_seen),
             "seed": self._seed,
+            "finite": self.finite.state_dict(),
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -315,6 +322,7 @@ class LitModule(LightningModule):
             self.objective.load_state_dict(header["objective"]["state"])
         self.num_tokens_seen = int(header["num_tokens"])
         self._seed = header.get("seed")
+        self.finite.load_state_dict(header.get("finite", {}))
 
     # ------------------------------------------------------------------ helpers
 
