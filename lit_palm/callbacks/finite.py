@@ -24,7 +24,7 @@ class NonFiniteGuard(Callback):
 
     def __init__(self, max_in_a_row: int | None = 10, skip: bool = True) -> None:
         if max_in_a_row is not None and max_in_a_row < 1:
-            raise ValueError(f"NonFiniteGuard: max_in_a_row is {max_in_a_row}; it must be at least 1, or null for never")
+            raise ValueError(f"NonFiniteGuard: max_in_a_row is {max_in_a_row}; use at least 1, or null for never")
         self.max_in_a_row, self.skip = max_in_a_row, skip
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -50,7 +50,7 @@ class Preemption(Callback):
     ) -> None:
         unknown = [name for name in signals if name not in signal.Signals.__members__]
         if unknown or not signals:
-            raise ValueError(f"Preemption: signals {list(signals)}: name at least one, such as SIGTERM, SIGUSR1 or SIGINT")
+            raise ValueError(f"Preemption: signals {list(signals)}: name at least one, such as SIGTERM or SIGINT")
         if {"SIGKILL", "SIGSTOP"} & set(signals):
             raise ValueError("Preemption: signals: nobody can handle SIGKILL and SIGSTOP; leave them out")
         if every_n_steps < 1:
@@ -64,7 +64,9 @@ class Preemption(Callback):
         if stage != "fit":
             return
         if not can_save(trainer):
-            raise ValueError("Preemption saves through a checkpoint callback, and this run has none: add LastCheckpoint")
+            raise ValueError(
+                "Preemption saves through a checkpoint callback, and this run has none: add LastCheckpoint"
+            )
         # after all others: what they do at a step's end belongs into the checkpoint, and to this step
         others = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
         trainer.callbacks = [*others, self]  # type: ignore[attr-defined]
@@ -73,7 +75,7 @@ class Preemption(Callback):
         """Take the place of Lightning's handlers, which are there by now; it restores the first ones at the end."""
         self._received, self._told, self._group = 0, "", None
         if threading.current_thread() is not threading.main_thread():
-            rank_zero_warn("Preemption: signals reach the main thread only, and this run is in another: it is not active")
+            rank_zero_warn("Preemption: signals reach the main thread only, and this run is in another: none is heeded")
         else:
             for number in self._numbers(trainer):
                 signal.signal(number, self._note)

@@ -1,7 +1,8 @@
 """Nobody waits for ever: a rank that hangs or dies is named, and the others end with that as their error.
 
-A collective waits for all ranks. Where one was killed, stopped, or is stuck in a read from a dead disk, the others sit
-in `all_reduce` without a word, on rented machines. Here each rank has a heartbeat that others read without a collective.
+A collective waits for all ranks. Where one was killed, stopped, or is stuck in a read from a dead disk, the others
+sit in `all_reduce` without a word, on rented machines. Here each rank has a heartbeat that others read without a
+collective.
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ class Watchdog(Callback):
             file=sys.stderr,
             flush=True,
         )
-        if beats.store is not None and all(beat.rank != 0 for beat in trouble.culprits):  # whose process holds the store
+        if beats.store is not None and all(beat.rank for beat in trouble.culprits):  # the first one holds the store
             sender = threading.Thread(target=_tell, args=(beats, trouble), daemon=True)
             sender.start()  # a store that does not answer must not keep us
             sender.join(2 * self.interval)
