@@ -11,11 +11,13 @@ import dataclasses
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 __all__ = ["Beat", "Heartbeats", "Trouble", "connect", "is_gone", "this_process"]
@@ -38,6 +40,10 @@ class Beat:
     """Beats sent: it stands still where the process is gone or stopped."""
     state: str = "running"
     """`running`, `done`, or `failed: ` and the error."""
+    where: str = ""
+    """The innermost line of Python that its main thread is in."""
+    waits: bool = False
+    """That line waits for other ranks: a collective, or the backward pass that holds one."""
 
     @property
     def name(self) -> str:
@@ -47,7 +53,8 @@ class Beat:
     @property
     def place(self) -> str:
         """ "in the collection after step 12"."""
-        return f"in {self.phase}, after step {self.step}"
+        where = f" ({self.where})" if self.where else ""
+        return f"in {self.phase}{where}, after step {self.step}"
 
 
 @dataclass
@@ -75,6 +82,17 @@ def _stat(pid: int) -> tuple[str, str]:
     except OSError:
         return "", ""
     return fields[0], fields[19]
+
+
+def main_thread() -> tuple[str, bool]:
+    """Where the main thread of this process is, and whether it waits for other ranks there."""
+    main = threading.main_thread().ident
+    frame = sys._current_frames().get(main) if main is not None else None
+    if frame is None:
+        return "", False
+    code = frame.f_code
+    name = f"{'/'.join(Path(code.co_filename).parts[-2:])}:{frame.f_lineno} {code.co_name}"
+    return name, "torch/distributed" in code.co_filename or code.co_name == "_engine_run_backward"
 
 
 def is_gone(beat: Beat, host: str) -> bool:
@@ -160,6 +178,8 @@ class Heartbeats:
     def _send(self) -> None:
         with self._lock:
             self.own.count += 1
+            if threading.current_thread() is not threading.main_thread():
+                self.own.where, self.own.waits = main_thread()
             self.store.set(str(self.own.rank), json.dumps(dataclasses.asdict(self.own)))
 
     def _read(self, rank: int) -> Beat:
@@ -222,10 +242,9 @@ class Heartbeats:
             return None
         for beat in self._local():
             if is_gone(beat, self.own.host) and self._certain(f"gone {beat.rank}", now):
-                return self._trouble([beat], "is gone")
-        if self._alarm and now - self._alarm_since > self.grace:
-            rank, _, text = self._alarm.partition(":")
-            return Trouble(text, [self.beats[int(rank)]] if "failed" in text else [])
+                return self._alarmed() or self._trouble([beat], "is gone")
+        if now - self._alarm_since > self.grace and (alarmed := self._alarmed()):
+            return alarmed
         if self._lost and self._certain("store", now):
             return self._trouble([self.beats[0]], "is gone, or cannot be reached", f" ({self._lost})")
         if now - self._exchanged > self.silence:
@@ -236,9 +255,14 @@ class Heartbeats:
             return None  # what failed has raised the alarm
         if now - counted > self.silence:
             return self._trouble([beat], f"has not answered for {self.silence:g} s")
-        if now - moved > self.timeout:
+        if beat.phase != "set-up" and now - moved > self.timeout:
             return self._hang()
         return None
+
+    def _alarmed(self) -> Trouble | None:
+        """What another rank has reported, of itself or of a third."""
+        rank, _, text = self._alarm.partition(":")
+        return Trouble(text, [self.beats[int(rank)]] if "failed" in text else []) if text else None
 
     def _local(self) -> list[Beat]:
         others = [b for r, b in self.beats.items() if r != self.own.rank and b.host == self.own.host]
@@ -255,6 +279,7 @@ class Heartbeats:
         running = [b for b in beats.values() if b.state == "running"]
         least = min(b.moves for b in running)
         behind = [b for b in running if b.moves == least]
+        behind = [b for b in behind if not b.waits] or behind
         return self._trouble(behind, f"made no progress for {self.timeout:g} s")
 
     def _freshest(self, rank: int) -> Beat:

@@ -42,7 +42,7 @@ class SpikeRewind(Callback):
     Snapshots are files of each rank's own part of the state, read by that rank alone: `dirpath` may be on a machine's
     own disk, as long as a resumed run finds it there. Kept are as many as `rewind_steps` needs, and those that the last
     few checkpoints need, since a run that is resumed from one meets the same spikes again, and goes on exactly. It is
-    for the loaders of lit_palm's data modules, which can leave batches out, and not for rollouts.
+    for runs that learn from data, not for rollouts.
 
     Args:
         dirpath: folder of the snapshots.
@@ -86,7 +86,7 @@ class SpikeRewind(Callback):
         self._sum, self._count = torch.zeros(()), 0
         self._snapshots: list[dict[str, int]] = []  # step, batch (of all epochs: it never goes back), ranks
         self._listed: deque[list[int]] = deque(maxlen=SAVES)  # snapshots that the last checkpoints name
-        self._pending, self._pending_epoch = 0, 0
+        self._pending = 0
 
     # ------------------------------------------------------------------ set-up
 
@@ -103,11 +103,6 @@ class SpikeRewind(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        loader: Any = trainer.train_dataloader
-        if not (hasattr(loader, "skip") and hasattr(loader, "begin_at")):
-            raise ValueError(
-                f"SpikeRewind: a {type(loader).__name__} cannot leave batches out; use a data module of lit_palm's"
-            )
         if self.skip_batches + trainer.accumulate_grad_batches > trainer.num_training_batches:
             raise ValueError(
                 f"SpikeRewind: skip_batches {self.skip_batches} would leave out a whole epoch, which has "
@@ -123,14 +118,15 @@ class SpikeRewind(Callback):
         self._snapshots = usable
         if not usable:
             self._take(trainer)
-        if self._pending:
-            loader.begin_at(self._pending_epoch, self._pending)
 
     # ------------------------------------------------------------------ every step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._pending:  # the first batch of an epoch, of which the loader left some out
-            _count_along(trainer, self._pending)
+        if self._pending:  # the first batch of an epoch: one that comes later takes its place
+            last = _pass_over(trainer, self._pending)
+            last = trainer.strategy.batch_to_device(pl_module._on_before_batch_transfer(last), dataloader_idx=0)
+            batch.clear()
+            batch.update(last)
             self._pending = 0
 
     def on_train_batch_end(
@@ -223,17 +219,12 @@ class SpikeRewind(Callback):
         progress = trainer.fit_loop.epoch_loop.batch_progress
         every = trainer.accumulate_grad_batches
         count = max(0, self.skip_batches - (progress.total.ready - since))
-        left = int(trainer.num_training_batches) - progress.current.ready
+        left = trainer.num_training_batches - progress.current.ready  # of a stream without a length, infinity
         now = -(-count // every) * every
         if now >= left:  # this epoch is over; windows begin anew with the next
-            self._pending = max(0, -(-(count - left) // every) * every)
-            self._pending_epoch = trainer.fit_loop.epoch_progress.current.processed + 1  # type: ignore[attr-defined]
-            now = left
-        loader: Any = trainer.train_dataloader
-        loader.skip(now)
-        _count_along(trainer, now)
-        if self._pending:
-            loader.begin_at(self._pending_epoch, self._pending)
+            now = int(left)
+            self._pending = max(0, -(-(count - now) // every) * every)
+        _pass_over(trainer, now)
         return now + self._pending
 
     # ------------------------------------------------------------------ checkpoints
@@ -244,7 +235,7 @@ class SpikeRewind(Callback):
             "rewinds": self.rewinds,
             "losses": list(self._losses),
             "above": self._above,
-            "pending": [self._pending, self._pending_epoch],
+            "pending": self._pending,
             "snapshots": [dict(entry) for entry in self._snapshots],
         }
 
@@ -252,7 +243,7 @@ class SpikeRewind(Callback):
         """Go on as the checkpoint says."""
         self.rewinds, self._above = int(state_dict["rewinds"]), int(state_dict["above"])
         self._losses = deque(state_dict["losses"], maxlen=self.window)
-        self._pending, self._pending_epoch = (int(number) for number in state_dict["pending"])
+        self._pending = int(state_dict["pending"])
         self._snapshots = [dict(entry) for entry in state_dict["snapshots"]]
         self._listed.append([entry["batch"] for entry in self._snapshots])
 
@@ -261,12 +252,18 @@ class SpikeRewind(Callback):
         self._listed.append([entry["batch"] for entry in self._snapshots])
 
 
-def _count_along(trainer: Trainer, count: int) -> None:
-    """Lightning counts batches that were left out as if they had been trained on: this is the position in the data."""
+def _pass_over(trainer: Trainer, count: int) -> Any:
+    """Take batches of this epoch without training on them; gives the last.
+
+    Lightning counts them as if they had been trained on, since its count is the position in the data.
+    """
     progress = trainer.fit_loop.epoch_loop.batch_progress
+    fetcher: Any = trainer.fit_loop._data_fetcher
+    batch: Any = None
+    for _ in range(count):
+        batch, _, _ = next(fetcher)
     for counts in (progress.current, progress.total):
         for name in ("ready", "started", "processed", "completed"):
             setattr(counts, name, getattr(counts, name) + count)
-    fetcher: Any = trainer.fit_loop._data_fetcher
-    fetcher.fetched += count
-    progress.is_last_batch = fetcher.done = fetcher.fetched >= trainer.num_training_batches
+    progress.is_last_batch = fetcher.done
+    return batch

@@ -12,6 +12,7 @@ import faulthandler
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from typing import Any
@@ -37,10 +38,13 @@ class Watchdog(Callback):
 
     A rank makes progress when it reaches the next hook of the training loop: data or a collection, the forward and
     backward pass, the step, a batch of validation, a saving. `timeout` must therefore be longer than the longest of
-    these, which with rollouts is a whole collection. A process on the same machine that has ended is noticed at once,
-    one on another machine, or one that was stopped, after `silence`. Every process that is left prints the line and
-    the stacks of its threads to stderr and ends with status 70; nothing is saved, the last checkpoint counts. Ranks of
-    the same machine that were stopped are killed. With one process it watches itself.
+    these, which with rollouts is a whole collection; what comes before training is not timed. Of ranks that reached the
+    same hook, those are named that do not wait in a collective. A process on the same machine that has ended is noticed
+    at once, one on another machine, or one that was stopped, after `silence`.
+
+    Every process that is left prints the stacks of its threads and the line to stderr, and ends with status 70 a few
+    seconds later. Nothing is saved, the last checkpoint counts. Processes of the same machine that were stopped are
+    killed. With one process it watches itself.
 
     Args:
         timeout: seconds without progress after which a rank counts as hanging.
@@ -145,15 +149,13 @@ class Watchdog(Callback):
         beats = self._beats
         assert beats is not None
         own = beats.own
-        if not self._raised:  # an error says where it was raised
-            with contextlib.suppress(Exception):
-                faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
-        print(
-            f"lit-palm: error: watchdog: {trouble.text}; this is rank {own.rank}, {own.place}, and it ends with status "
-            f"{STATUS}: resume from the last checkpoint",
-            file=sys.stderr,
-            flush=True,
+        # an error says where it was raised; in one piece, since several ranks write at once
+        stacks = "" if self._raised else _stacks()
+        text = (
+            f"{stacks}lit-palm: error: watchdog: {trouble.text}; this is rank {own.rank}, in {own.phase}, after step "
+            f"{own.step}, and it ends with status {STATUS}: resume from the last checkpoint\n"
         )
+        print(text, end="", file=sys.stderr, flush=True)
         if beats.store is not None and all(beat.rank for beat in trouble.culprits):  # the first one holds the store
             sender = threading.Thread(target=_tell, args=(beats, trouble), daemon=True)
             sender.start()  # a store that does not answer must not keep us
@@ -226,6 +228,15 @@ def is_lost_connection(exception: BaseException) -> bool:
     if isinstance(exception, dist.DistError):
         return True
     return isinstance(exception, RuntimeError) and any(part in str(exception) for part in _LOST)
+
+
+def _stacks() -> str:
+    """What every thread of this process is doing."""
+    with contextlib.suppress(Exception), tempfile.TemporaryFile("w+", errors="replace") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return "\n" + file.read()
+    return ""
 
 
 def _tell(beats: Heartbeats, trouble: Trouble) -> None:

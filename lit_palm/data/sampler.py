@@ -121,10 +121,9 @@ class CountedLoader:
         if epoch == self._resume[0]:
             start = self._resume[1]
         self._current = self._order(epoch, self.batch_size * self.ranks()[1])
-        self._next = start
-        while self._next < len(self):
-            self._next += 1
-            yield self._batch(self._next - 1)
+        for batch in range(start, len(self)):
+            self._next = batch + 1
+            yield self._batch(batch)
         self._resume = (-1, 0)
         self.epoch = epoch + 1
 
@@ -133,14 +132,6 @@ class CountedLoader:
         together = self._current[batch * self.batch_size * world :][: self.batch_size * world]
         mine = np.array_split(together, world)[rank]
         return self.collate(mine, False) if len(mine) else self.collate(together[:1], True)
-
-    def skip(self, count: int) -> None:
-        """Leave out the next batches of the epoch under way; who counts along must count them too."""
-        self._next += count
-
-    def begin_at(self, epoch: int, batch: int) -> None:
-        """Leave out the first batches of an epoch that is still to come."""
-        self._resume = (epoch, batch)
 
     def upcoming(self, count: int) -> list[Any]:
         """The next batches of this epoch, at most `count`, without taking them: what a step with several weights

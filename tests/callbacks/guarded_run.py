@@ -20,6 +20,7 @@ from lightning.pytorch import Callback
 from torch.distributed.tensor import DTensor
 
 from lit_palm import callbacks
+from lit_palm.types import Loss
 from tests.support import (
     everything,
     language_model,
@@ -62,6 +63,17 @@ class Marks(Callback):
         time.sleep(self.slow)
 
 
+class Sleeps(Callback):
+    """Hangs on one rank, with all its threads alive."""
+
+    def __init__(self, rank: int, step: int) -> None:
+        self.rank, self.step = rank, step
+
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_rank == self.rank and trainer.global_step == self.step:
+            time.sleep(600)
+
+
 class Breaks(Callback):
     """Raises on one rank."""
 
@@ -73,6 +85,18 @@ class Breaks(Callback):
             raise ValueError("a row of the data is broken")
 
 
+def spoil(module: Any, rank: int, numbers: list[int]) -> None:
+    """A loss that is no number, on one rank."""
+    original, count = module.objective.loss, iter(range(10**6))
+
+    def loss(output: Any, batch: Any) -> Loss:
+        found = original(output, batch)
+        bad = next(count) in numbers and module.global_rank == rank
+        return Loss(found.total * float("nan"), found.metrics) if bad else found
+
+    module.objective.loss = loss
+
+
 def main(folder: Path, settings: dict[str, Any]) -> int:
     job = settings.get("job", "language_model")
     modules: dict[str, Any] = {
@@ -82,6 +106,10 @@ def main(folder: Path, settings: dict[str, Any]) -> int:
     }
     module, data = modules[job]()
     chosen: list[Any] = [getattr(callbacks, name)(**args) for name, args in settings.get("guards", {}).items()]
+    if "sleeps" in settings:
+        chosen.append(Sleeps(**settings["sleeps"]))
+    if "spoils" in settings:  # [rank, numbers of micro-batches]
+        spoil(module, *settings["spoils"])
     if "breaks" in settings:
         chosen.append(Breaks(**settings["breaks"]))
     chosen.append(Marks(folder, settings.get("slow", 0.0)))
