@@ -103,6 +103,7 @@ class Preemption(Callback):
         path = save_now(trainer)
         self._told = signal.Signals(number).name
         trainer.should_stop = True
+        trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = 0, None  # or it would go on to these
         # Lightning would validate first, and there may be no time; the checkpoint says that it is due
         trainer.fit_loop.epoch_loop._skip_next_val = True
         if trainer.is_global_zero:

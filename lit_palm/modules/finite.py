@@ -101,7 +101,9 @@ def _flag(network: nn.Module, device: torch.device) -> Tensor:
     if not parts:
         return torch.zeros((), device=device)
     # the largest size, not the sum of squares: that one overflows long before a value does
-    largest = torch.stack([size.to(device, torch.float32) for size in torch._foreach_norm(parts, float("inf"))])
+    sizes = torch._foreach_norm(parts, float("inf"))
+    wide = torch.float64 if any(size.dtype == torch.float64 for size in sizes) else torch.float32
+    largest = torch.stack([size.to(device, wide) for size in sizes])
     return (~torch.isfinite(largest)).any().float()
 
 

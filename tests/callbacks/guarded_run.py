@@ -91,10 +91,19 @@ def spoil(module: Any, rank: int, numbers: list[int]) -> None:
 
     def loss(output: Any, batch: Any) -> Loss:
         found = original(output, batch)
-        bad = next(count) in numbers and module.global_rank == rank
+        bad = module.trainer.training and next(count) in numbers and module.global_rank == rank
         return Loss(found.total * float("nan"), found.metrics) if bad else found
 
     module.objective.loss = loss
+
+
+def whole(value: Any) -> Any:
+    """With every DTensor gathered."""
+    if isinstance(value, DTensor):
+        return value.full_tensor()
+    if isinstance(value, dict):
+        return {k: whole(v) for k, v in value.items()}
+    return [whole(v) for v in value] if isinstance(value, list) else value
 
 
 def main(folder: Path, settings: dict[str, Any]) -> int:
@@ -122,8 +131,8 @@ def main(folder: Path, settings: dict[str, Any]) -> int:
         folder, callbacks=chosen, strategy=strategy, devices=settings.get("devices", 1), **settings.get("flags", {})
     )
     run.fit(module, datamodule=data, ckpt_path=settings.get("resume"))
-    state = everything(run)
-    state["weights"] = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state["weights"].items()}
+    state = whole(everything(run))
+    state["finite"] = module.finite.state_dict()
     if run.is_global_zero and "result" in settings:
         torch.save(state, folder / settings["result"])
     return int(getattr(run, "exit_status", 0))

@@ -119,21 +119,34 @@ def test_a_requeueing_that_fails_says_so(
     assert "`scontrol requeue 42` failed" in capsys.readouterr().err and run.exit_status == STATUS
 
 
-def test_one_rank_of_two_is_told_and_both_stop_and_go_on_exactly(tmp_path: Path) -> None:
-    def settings(folder: Path, **more: Any) -> dict[str, Any]:
-        guards = {"Preemption": {}, "LastCheckpoint": {"dirpath": str(folder / "kept")}}
-        flags = {"max_epochs": 3, "gradient_clip_val": 0.5}
-        return {"job": "policy", "devices": 2, "guards": guards, "flags": flags, "result": "end.pt", **more}
+def two(folder: Path, **more: Any) -> Run:
+    guards = {"Preemption": {}, "LastCheckpoint": {"dirpath": str(folder / "kept")}, "Watchdog": {}}
+    flags = {"max_epochs": 3, "gradient_clip_val": 0.5}
+    return Run(folder, {"job": "policy", "devices": 2, "guards": guards, "flags": flags, "result": "end.pt", **more})
 
-    straight, broken = Run(tmp_path / "a", settings(tmp_path / "a")), tmp_path / "b"
-    run = Run(broken, settings(broken, slow=0.3))
+
+def told(folder: Path, **more: Any) -> None:
+    """Two processes, of which the second alone gets the signal, in the middle of a collection."""
+    run = two(folder, slow=0.3, **more)
     run.reaches("collection 1", 1)
-    os.kill(run.pid(1), signal.SIGTERM)  # the second rank alone, in the middle of a collection
+    os.kill(run.pid(1), signal.SIGTERM)
     assert run.ends(60) == STATUS, run.stderr
     assert "stopped by SIGTERM after step 5" in run.stderr and run.left() == []
-    assert straight.ends(60) == 0, straight.stderr
-    again = Run(broken, settings(broken, resume=str(broken / "kept" / "last.ckpt")))
-    assert again.ends(60) == 0, again.stderr
+    assert (folder / "kept" / "last.ckpt").exists()
+
+
+def test_one_rank_of_two_is_told_and_both_stop(tmp_path: Path) -> None:
+    told(tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
+def test_two_processes_go_on_exactly(strategy: str, tmp_path: Path) -> None:
+    straight, broken = two(tmp_path / "a", strategy=strategy), tmp_path / "b"
+    assert straight.ends(90) == 0, straight.stderr
+    told(broken, strategy=strategy)
+    again = two(broken, strategy=strategy, resume=str(broken / "kept" / "last.ckpt"))
+    assert again.ends(90) == 0, again.stderr
     same(torch.load(tmp_path / "a" / "end.pt"), torch.load(broken / "end.pt"))
 
 

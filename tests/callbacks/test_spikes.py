@@ -134,9 +134,8 @@ def test_killed_and_resumed_it_goes_on_exactly(
     watch = Watch()
     straight, order = run(tmp_path, whole, Shock(shock), watch, **flags)
     assert whole.rewinds == 1
-    plain, everything_in_order = run(
-        tmp_path, SpikeRewind(str(tmp_path / "none"), **SMALL), **flags | {"max_steps": 50}
-    )
+    unspoiled = SpikeRewind(str(tmp_path / "none"), **SMALL)
+    _, everything_in_order = run(tmp_path, unspoiled, **flags | {"max_steps": 50})
     same([everything_in_order[n - 1] for n in watch.batches], order)
     number = next(n for n, (a, b) in enumerate(zip(watch.batches, watch.batches[1:], strict=False)) if b > a + 1) + 1
     # around the spike, and long after it, when what it needed has been thrown away in a future that is lost

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,12 +21,12 @@ GUARD = {"timeout": 60, "silence": 4, "interval": 0.5}
 @pytest.mark.parametrize(
     "job, where, rank, how",
     [
-        ("language_model", "step 2", 1, signal.SIGKILL),
-        ("policy", "collection 1", 0, signal.SIGKILL),
-        ("policy", "collection 1", 1, signal.SIGSTOP),
-        ("language_model", "step 2", 0, signal.SIGSTOP),
+        pytest.param("policy", "collection 1", 1, signal.SIGKILL, id="killed-collecting"),
+        pytest.param("language_model", "step 2", 0, signal.SIGSTOP, id="launcher-stopped-training"),
+        pytest.param("language_model", "step 2", 1, signal.SIGKILL, id="killed-training", marks=pytest.mark.slow),
+        pytest.param("policy", "step 5", 0, signal.SIGKILL, id="launcher-killed", marks=pytest.mark.slow),
+        pytest.param("policy", "collection 1", 1, signal.SIGSTOP, id="stopped-collecting", marks=pytest.mark.slow),
     ],
-    ids=["killed-training", "launcher-killed-collecting", "stopped-collecting", "launcher-stopped-training"],
 )
 def test_two_processes_of_which_one_is_lost(job: str, where: str, rank: int, how: int, tmp_path: Path) -> None:
     settings = {"job": job, "devices": 2, "guards": {"Watchdog": GUARD}, "slow": 0.3, "flags": {"max_epochs": 50}}
@@ -47,6 +48,7 @@ def test_two_processes_of_which_one_is_lost(job: str, where: str, rank: int, how
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_with_its_threads_alive_is_named_by_what_it_does(tmp_path: Path) -> None:
     guard = {"timeout": 3, "silence": 30, "interval": 0.3}
     settings = {
@@ -66,6 +68,7 @@ def test_a_rank_that_hangs_with_its_threads_alive_is_named_by_what_it_does(tmp_p
     assert run.left() == []
 
 
+@pytest.mark.slow
 def test_the_error_of_one_rank_is_the_error_of_all(tmp_path: Path) -> None:
     settings = {
         "devices": 2,

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lit_palm.callbacks import LastCheckpoint, NonFiniteGuard
 from lit_palm.optim import CosineWithWarmup
-from tests.support import everything, language_model, policy, prompt_data, same, text_data, trainer
+from tests.callbacks.runs import Run
+from tests.support import apart, everything, language_model, policy, prompt_data, same, text_data, trainer, weights
 
 
 def poison(module: Any, at: Collection[int], value: float = float("nan"), gradient: bool = False) -> list[dict]:
@@ -179,3 +180,19 @@ def test_the_scaler_of_16_mixed_lowers_its_scale_and_is_not_counted_in_a_row(tmp
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="NonFiniteGuard: max_in_a_row is 0"):
         NonFiniteGuard(max_in_a_row=0)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("sharded", marks=pytest.mark.slow)])
+def test_what_one_rank_of_two_finds_both_skip(strategy: str, tmp_path: Path) -> None:
+    """Each rank reads a half of what one process reads, and stays with the same weights as it."""
+    spoilt = {"spoils": [1, [2, 3, 6]], "strategy": strategy, "devices": 2}  # its micro-batches, two a step
+    settings = {"flags": {"max_steps": 5, "accumulate_grad_batches": 2}, "result": "end.pt", **spoilt}
+    run = Run(tmp_path / "run", settings)
+    assert run.ends(120) == 0, run.stderr
+    two = torch.load(tmp_path / "run" / "end.pt")
+    module = language_model()
+    poison(module, {2, 6})
+    one = trainer(tmp_path, max_steps=5, accumulate_grad_batches=2)
+    one.fit(module, datamodule=text_data(tmp_path, batch_size=4))
+    assert two["finite"] == module.finite.state_dict() == {"skipped": 2, "in_a_row": 0}
+    assert apart(weights(module), two["weights"]) < 2e-5
