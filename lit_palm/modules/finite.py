@@ -60,9 +60,10 @@ class FiniteSteps:
         """
         if not self.enabled:
             return True
-        roles = list(module.networks)
-        own = torch.stack([self._loss_flag(module.device), *(_flag(module.networks[r], module.device) for r in roles)])
-        flags = dict(zip(["loss", *roles], (n > 0 for n in module.all_sum(own).tolist()), strict=True))
+        flags = self._flags(module, 2.0)
+        if any(flags[role] for role in module.networks):
+            # a sum of squares overflows long before a value does; rarely needed, and slow on a CPU
+            flags = self._flags(module, float("inf"))
         bad = [name for name, flag in flags.items() if flag]
         if not bad:
             self.in_a_row = 0
@@ -81,6 +82,13 @@ class FiniteSteps:
             )
         return not bad
 
+    def _flags(self, module: LitModule, order: float) -> dict[str, bool]:
+        """Whether the loss, and the gradient of each network, is not finite on any rank, by a norm of some order."""
+        roles = list(module.networks)
+        grads = (_flag(module.networks[role], module.device, order) for role in roles)
+        found = module.all_sum(torch.stack([self._loss_flag(module.device), *grads])).tolist()
+        return dict(zip(["loss", *roles], (number > 0 for number in found), strict=True))
+
     def _loss_flag(self, device: torch.device) -> Tensor:
         return torch.zeros((), device=device) if self._loss is None else self._loss.to(device, torch.float32)
 
@@ -93,18 +101,16 @@ class FiniteSteps:
         self.skipped, self.in_a_row = int(state.get("skipped", 0)), int(state.get("in_a_row", 0))
 
 
-def _flag(network: nn.Module, device: torch.device) -> Tensor:
-    """1 where this rank's part of a network's gradient holds a NaN or an infinity, else 0."""
+def _flag(network: nn.Module, device: torch.device, order: float) -> Tensor:
+    """1 where the norm of this rank's part of any gradient of a network is no finite number, else 0."""
     grads = [p.grad for p in network.parameters() if p.grad is not None]
     parts = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
     parts = [part for part in parts if part.numel()]  # a rank may hold nothing of a parameter that is shared out
     if not parts:
         return torch.zeros((), device=device)
-    # the largest size, not the sum of squares: that one overflows long before a value does
-    sizes = torch._foreach_norm(parts, float("inf"))
-    wide = torch.float64 if any(size.dtype == torch.float64 for size in sizes) else torch.float32
-    largest = torch.stack([size.to(device, wide) for size in sizes])
-    return (~torch.isfinite(largest)).any().float()
+    wide = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
+    norms = torch.stack([norm.to(device) for norm in torch._foreach_norm(parts, order, dtype=wide)])
+    return (~torch.isfinite(norms)).any().float()
 
 
 def _named(bad: list[str]) -> str:

@@ -74,6 +74,19 @@ class Sleeps(Callback):
             time.sleep(600)
 
 
+class Shock(Callback):
+    """Spoils the weights at given batches, as a bad update would: the loss rises and does not come back."""
+
+    def __init__(self, *batches: int) -> None:
+        self.batches = batches
+
+    @torch.no_grad()
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.total.ready in self.batches:
+            for weight in pl_module.networks.parameters():
+                weight.mul_(4)
+
+
 class Breaks(Callback):
     """Raises on one rank."""
 
@@ -108,13 +121,16 @@ def whole(value: Any) -> Any:
 
 def main(folder: Path, settings: dict[str, Any]) -> int:
     job = settings.get("job", "language_model")
+    rows = {"batch_size": 2, **settings.get("data", {})}
     modules: dict[str, Any] = {
-        "language_model": lambda: (language_model(), text_data(folder, batch_size=2)),
+        "language_model": lambda: (language_model(), text_data(folder, **rows)),
         "reward_model": lambda: (reward_model(calibrate="whiten"), ranking_data(folder, batch_size=2)),
         "policy": lambda: (policy(), prompt_data(folder)),
     }
     module, data = modules[job]()
     chosen: list[Any] = [getattr(callbacks, name)(**args) for name, args in settings.get("guards", {}).items()]
+    if "shocks" in settings:
+        chosen.append(Shock(*settings["shocks"]))
     if "sleeps" in settings:
         chosen.append(Sleeps(**settings["sleeps"]))
     if "spoils" in settings:  # [rank, numbers of micro-batches]

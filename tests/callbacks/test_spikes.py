@@ -14,7 +14,10 @@ from lit_palm.callbacks import LastCheckpoint, SpikeRewind
 from lit_palm.modules.reference import ReferenceUpdate
 from lit_palm.optim import CosineWithWarmup
 from lit_palm.types import Experience, Loss, Output
+from tests.callbacks.guarded_run import Shock
+from tests.callbacks.runs import Run
 from tests.support import (
+    apart,
     everything,
     language_model,
     policy,
@@ -28,19 +31,6 @@ from tests.support import (
 )
 
 SMALL = {"rewind_steps": 3, "skip_batches": 8, "snapshot_every": 2, "patience": 2, "window": 5, "warmup": 0}
-
-
-class Shock(Callback):
-    """Spoils the weights at given batches, as a bad update would: the loss rises and does not come back."""
-
-    def __init__(self, *batches: int) -> None:
-        self.batches = batches
-
-    @torch.no_grad()
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        if trainer.fit_loop.epoch_loop.batch_progress.total.ready in self.batches:
-            for weight in pl_module.networks.parameters():
-                weight.mul_(4)
 
 
 class Watch(Callback):
@@ -189,6 +179,36 @@ def test_too_many_end_the_run_with_the_reason(tmp_path: Path) -> None:
     guard = SpikeRewind(str(tmp_path / "snapshots"), **SMALL, max_rewinds=1)
     with pytest.raises(RuntimeError, match=r"SpikeRewind: at step .* after 1 rewinds, which is max_rewinds"):
         run(tmp_path, guard, Shock(11, 22), max_steps=30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
+def test_two_processes_go_back_together_and_resume_exactly(strategy: str, tmp_path: Path) -> None:
+    def start(folder: Path, devices: int, steps: int, **more: Any) -> Run:
+        guards = {
+            "SpikeRewind": {"dirpath": str(folder / "snapshots"), **SMALL},
+            "LastCheckpoint": {"dirpath": str(folder / "kept")},
+        }
+        settings = {"guards": guards, "devices": devices, "shocks": [11], "result": "end.pt"}
+        flags = {"max_steps": steps, "gradient_clip_val": 0.5}
+        data = {"count": 60, "batch_size": 4 // devices}
+        return Run(folder, {**settings, "flags": flags, "data": data, "strategy": more.pop("strategy", "auto"), **more})
+
+    one, straight = start(tmp_path / "one", 1, 16), start(tmp_path / "a", 2, 16, strategy=strategy)
+    for run in (one, straight):
+        assert run.ends(150) == 0, run.stderr
+        assert len(run.lines("went back to step 6 and leaves out 2 more batches")) == 1, run.stderr
+    ends = [torch.load(run.folder / "end.pt") for run in (one, straight)]
+    assert ends[0]["step"] == ends[1]["step"] == 16
+    assert apart(ends[0]["weights"], ends[1]["weights"]) < 2e-5
+    # broken off long after it went back
+    broken = start(tmp_path / "b", 2, 14, strategy=strategy)
+    assert broken.ends(150) == 0, broken.stderr
+    again = start(tmp_path / "b", 2, 16, strategy=strategy, resume=str(tmp_path / "b" / "kept" / "last.ckpt"))
+    assert again.ends(150) == 0, again.stderr
+    same(ends[1], torch.load(tmp_path / "b" / "end.pt"))
+    names = sorted(path.name for path in (tmp_path / "b" / "snapshots").iterdir())
+    assert {name[-9:] for name in names} == {"-rank0.pt", "-rank1.pt"}
 
 
 @pytest.mark.parametrize(

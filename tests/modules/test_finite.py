@@ -196,3 +196,12 @@ def test_what_one_rank_of_two_finds_both_skip(strategy: str, tmp_path: Path) -> 
     one.fit(module, datamodule=text_data(tmp_path, batch_size=4))
     assert two["finite"] == module.finite.state_dict() == {"skipped": 2, "in_a_row": 0}
     assert apart(weights(module), two["weights"]) < 2e-5
+
+
+def test_a_gradient_that_is_only_large_is_taken(tmp_path: Path) -> None:
+    # its sum of squares overflows, and clipping by value takes care of it
+    module = language_model()
+    poison(module, {2}, 1e30, gradient=True)
+    run = trainer(tmp_path, max_steps=4, gradient_clip_val=0.5, gradient_clip_algorithm="value")
+    run.fit(module, datamodule=text_data(tmp_path))
+    assert module.finite.skipped == 0 and all(p.isfinite().all() for p in module.networks.parameters())
