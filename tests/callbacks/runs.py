@@ -68,5 +68,12 @@ class Run:
                 found.append(int(entry.name))
         return found
 
+    def vanishes(self, seconds: float = 10) -> bool:
+        """Whether no process is left soon: Lightning's first process does not wait for the others at a good end."""
+        deadline = time.monotonic() + seconds
+        while self.left() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return not self.left()
+
     def lines(self, text: str) -> list[str]:
         return [line for line in self.stderr.splitlines() if text in line]

@@ -131,7 +131,7 @@ def told(folder: Path, **more: Any) -> None:
     run.reaches("collection 1", 1)
     os.kill(run.pid(1), signal.SIGTERM)
     assert run.ends(60) == STATUS, run.stderr
-    assert "stopped by SIGTERM after step 5" in run.stderr and run.left() == []
+    assert "stopped by SIGTERM after step 5" in run.stderr and run.vanishes()
     assert (folder / "kept" / "last.ckpt").exists()
 
 

@@ -65,7 +65,7 @@ def test_a_rank_that_hangs_with_its_threads_alive_is_named_by_what_it_does(tmp_p
     assert named and all(line.startswith("lit-palm: error: watchdog: rank 1 (") for line in named), run.stderr
     assert "after step 2, made no progress for 3 s" in named[0] and "in on_train_batch_start" not in named[0]
     assert "guarded_run.py" in named[0] and "most recent call first" in run.stderr
-    assert run.left() == []
+    assert run.vanishes()
 
 
 @pytest.mark.slow
@@ -81,7 +81,7 @@ def test_the_error_of_one_rank_is_the_error_of_all(tmp_path: Path) -> None:
     line = run.lines("lit-palm: error: watchdog: ")[-1]
     assert "rank 1 (" in line and "failed, in forward and backward" in line
     assert "ValueError: a row of the data is broken" in line and "this is rank 0" in line
-    assert run.left() == []
+    assert run.vanishes()
 
 
 # ------------------------------------------------------------------------------------------ the judgement, with a clock
