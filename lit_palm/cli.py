@@ -211,8 +211,8 @@ def run(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("lit-palm also has:\n" + "\n".join(f"  {v:14} {text}" for v, text in EXTRA_VERBS.items()) + "\n")
     plugins.load_named(argv)
-    build_cli()()
-    return 0
+    cli = build_cli()()
+    return int(getattr(cli.trainer, "exit_status", 0))  # a callback that ended the run says so
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -59,6 +59,9 @@ def holds(there: Any, given: Any, where: str = "") -> None:
             assert there["class_path"].rpartition(".")[2] == name, where
             given = {k: v for k, v in given.items() if k != "class_path"}
         for key, value in given.items():
+            if key.endswith("+"):  # appended to the list of the files before
+                key = key[:-1]
+                there = {**there, key: there[key][-len(value) :]}
             assert key in there, f"{where}.{key}"
             holds(there[key], value, f"{where}.{key}")
     elif isinstance(given, list):

@@ -26,6 +26,7 @@ from lit_palm.models.weights import local
 from lit_palm.modules import restoring, resume
 from lit_palm.modules.checkpoint import FORMAT, load_checkpoint_tokenizer, network_to_dict, read_config
 from lit_palm.modules.compatibility import check_objective, check_resumable, check_same_run, config_of
+from lit_palm.modules.finite import FiniteSteps
 from lit_palm.modules.means import Means
 from lit_palm.modules.origin import origin
 from lit_palm.modules.sharding import Sharding
@@ -90,7 +91,7 @@ class LitModule(SpreadModule):
         """Validation metrics that add up to the loss, of an objective with several terms."""
         self._seed: int | None = None
         self.run_config: dict[str, Any] | None = None
-        self.step_weight = StepWeight()
+        self.step_weight, self.finite = StepWeight(), FiniteSteps()
         self._frozen: frozenset[str] = frozenset()
         self._watched: dict[str, list[Tensor]] = {}
 
@@ -167,7 +168,7 @@ class LitModule(SpreadModule):
     # ------------------------------------------------------------------ the step
 
     def on_train_start(self) -> None:
-        self._reset_step()
+        self.reset_step()
         if self._seed is None:  # a resumed run goes on with the seed it began with
             self._seed = int(self.trainer.strategy.broadcast(torch.initial_seed() % 2**63))
 
@@ -175,8 +176,9 @@ class LitModule(SpreadModule):
         assert self._seed is not None
         resume.align(self.trainer, self._seed, self.layout.rank)
 
-    def _reset_step(self) -> None:
+    def reset_step(self) -> None:
         self.step_weight, self._frozen, self._watched = StepWeight(), frozenset(), {}
+        self.finite.forget()
 
     def loss_of(self, output: Output, batch: Experience) -> Loss:
         """The objective's summed loss of a micro-batch.
@@ -203,6 +205,7 @@ class LitModule(SpreadModule):
     def account(self, loss: Loss, batch: Experience) -> Tensor:
         """Add a micro-batch's weight to the optimiser step's, log its metrics, and give the scalar to differentiate."""
         total, shown = self.step_weight.add(self, loss, batch)
+        self.finite.saw(total)
         self._frozen |= loss.frozen
         for name in self.objective.watches:
             value, count = loss.metrics[name]
@@ -222,25 +225,27 @@ class LitModule(SpreadModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divide by the weight of the whole step; drop what this step must not change."""
+        if not self.finite.taken(self):
+            return  # its gradients are dropped
         factor = self.step_weight.factor(self)
         if "rollouts" in self.objective.needs and not self.step_weight.total > 0:
-            self._drop_gradients(self.networks)  # nothing to learn from: momentum and decay must not move anything
+            self.drop_gradients(self.networks)  # nothing to learn from: momentum and decay must not move anything
         grads = [local(p.grad) for p in self.parameters() if p.grad is not None]
         if grads:
             torch._foreach_mul_(grads, factor.to(grads[0]))
         for role in self._frozen:
-            self._drop_gradients(self.networks[role])
+            self.drop_gradients(self.networks[role])
         if self._watched:
             sums = {k: self.all_sum(torch.stack(v).sum(0)).tolist() for k, v in self._watched.items()}
             if self.objective.after_step({k: s / max(n, 1) for k, (s, n) in sums.items()}):
-                self._drop_gradients(self.networks)
+                self.drop_gradients(self.networks)
                 self.stop_update()
-        self._reset_step()
+        self.reset_step()
 
     def stop_update(self) -> None:
         """Leave the rest of a collection's minibatches unused; modules with rollouts override it."""
 
-    def _drop_gradients(self, network: nn.Module) -> None:
+    def drop_gradients(self, network: nn.Module) -> None:
         for p in network.parameters():
             p.grad = None  # not zero: momentum and weight decay would move the weights all the same
 
@@ -249,7 +254,8 @@ class LitModule(SpreadModule):
     ) -> None:
         """As Lightning's, and logs `grad_norm` (before clipping); optionally each network by its own norm."""
         if gradient_clip_algorithm == "value" and gradient_clip_val is not None:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            if any(p.grad is not None for p in self.parameters()):  # torch cannot clip the values of a dropped step
+                self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             gradient_clip_val = None
         group = next((root.process_group for root in roots(self.networks) if isinstance(root, FSDP)), None)
         squares = []
@@ -275,6 +281,7 @@ class LitModule(SpreadModule):
             "tokenizer": self.tokenizer.to_dict(),
             "num_tokens": int(self.num_tokens_seen),
             "seed": self._seed,
+            "finite": self.finite.state_dict(),
             **origin(self),
         }
 
@@ -295,6 +302,7 @@ class LitModule(SpreadModule):
             self.objective.load_state_dict(header["objective"]["state"])
         self.num_tokens_seen = int(header["num_tokens"])
         self._seed = header.get("seed")
+        self.finite.load_state_dict(header.get("finite", {}))
 
     # ------------------------------------------------------------------ helpers
 

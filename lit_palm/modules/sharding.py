@@ -145,6 +145,15 @@ class Layout:
         dist.all_reduce(value, group=self.group)
         return value
 
+    def everywhere(self, value: Tensor) -> Tensor:
+        """The sum over all processes, also those that see the same rows."""
+        if self.strategy.world_size == 1:
+            return value
+        self._settle()
+        value = value.clone()
+        dist.all_reduce(value)
+        return value
+
     def gather(self, value: Any) -> list[Any]:
         """What each of the processes that see different rows has, by rank."""
         if self.size == 1:
@@ -273,10 +282,8 @@ class Layout:
         size = sum(p.numel() * p.element_size() for p in network.parameters())
         if isinstance(self.strategy, FSDPStrategy):  # which shows the local part
             size *= self.size
-        fits = torch.tensor(float(2 * size <= _free_bytes(self.device)), device=self.device)
-        if self.strategy.world_size > 1:
-            dist.all_reduce(fits, dist.ReduceOp.MIN)
-        return bool(fits)
+        lacks = torch.tensor(float(2 * size > _free_bytes(self.device)), device=self.device)
+        return not self.everywhere(lacks)
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -24,6 +24,8 @@ from tests.modules import many_ranks
 from tests.support import apart, config, language_model, same, sentence, text_data, trainer, write_jsonl
 
 ROOT = Path(__file__).parents[2]
+# a bias of the value head that starts at 0 differs by 4e-5 of its size (float32 sums in another order), others by 1e-6
+TOLERANCE = 1e-4
 
 
 def run(folder: Path, *arguments: Any) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def test_the_chain_ends_where_a_run_on_one_device_does(chain: tuple[Path, dict[s
     for name in ("plain", "back"):
         assert results[name]["end"]["step"] == 8
         for part in ("weights", "moments"):
-            assert apart(results["straight"]["end"][part], results[name]["end"][part]) < 1e-5, (name, part)
+            assert apart(results["straight"]["end"][part], results[name]["end"][part]) < TOLERANCE, (name, part)
 
 
 def test_what_is_new_about_a_run_is_said_in_one_line(chain: tuple[Path, dict[str, dict[str, Any]]]) -> None:
@@ -100,7 +102,7 @@ def shards(chain: tuple[Path, dict[str, dict[str, Any]]], tmp_path: Path) -> Pat
 
 def test_a_folder_of_shards_knows_what_it_is(shards: Path) -> None:
     header = read_checkpoint(shards, header_only=True).header
-    assert header["world"] == {"strategy": "ModelParallelStrategy", "ranks": 4, "nodes": 1}
+    assert header["world"] == {"strategy": "ModelParallelStrategy", "ranks": 4, "nodes": 1, "tensor_parallel": 1}
     assert header["files"] == {p.name: p.stat().st_size for p in shards.iterdir() if p.name != "meta.pt"}
     assert header["versions"].keys() == {"lit_palm", "torch", "lightning", "python"}
 
