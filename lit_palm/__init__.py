@@ -51,6 +51,8 @@ _HOMES = {
     "HFTokenizer": "lit_palm.data.tokenizers",
     "load_tokenizer": "lit_palm.data.tokenizers",
     "TextData": "lit_palm.data.text",
+    "StreamingTextData": "lit_palm.data.streaming",
+    "TextSource": "lit_palm.data.stream_sources",
     "DemonstrationData": "lit_palm.data.demonstrations",
     "PreferenceData": "lit_palm.data.preferences",
     "PromptData": "lit_palm.data.prompts",

@@ -3,6 +3,8 @@
 from lit_palm.data.demonstrations import DemonstrationData as DemonstrationData
 from lit_palm.data.preferences import PreferenceData as PreferenceData
 from lit_palm.data.prompts import PromptData as PromptData
+from lit_palm.data.stream_sources import TextSource as TextSource
+from lit_palm.data.streaming import StreamingTextData as StreamingTextData
 from lit_palm.data.text import TextData as TextData
 from lit_palm.data.tokenizers import BPETokenizer as BPETokenizer
 from lit_palm.data.tokenizers import ByteTokenizer as ByteTokenizer

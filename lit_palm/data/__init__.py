@@ -4,6 +4,8 @@ from lit_palm.data.base import TokenizedData
 from lit_palm.data.demonstrations import DemonstrationData
 from lit_palm.data.preferences import PreferenceData
 from lit_palm.data.prompts import PromptData
+from lit_palm.data.stream_sources import TextSource
+from lit_palm.data.streaming import StreamingTextData
 from lit_palm.data.text import TextData
 from lit_palm.data.tokenizers import BPETokenizer, ByteTokenizer, HFTokenizer, Tokenizer, load_tokenizer
 
@@ -14,7 +16,9 @@ __all__ = [
     "HFTokenizer",
     "PreferenceData",
     "PromptData",
+    "StreamingTextData",
     "TextData",
+    "TextSource",
     "TokenizedData",
     "Tokenizer",
     "load_tokenizer",

@@ -147,6 +147,10 @@ class TokenizedData(LightningDataModule, ABC):
         """The rows of a source."""
         return read_rows(source, split, limit=limit)
 
+    def fingerprint(self, source: str, split: str) -> str:
+        """Changes when the data of a source may have changed."""
+        return source_fingerprint(source, split)
+
     # ---- Lightning's hooks
 
     def prepare_data(self) -> None:
@@ -169,11 +173,16 @@ class TokenizedData(LightningDataModule, ABC):
             if self.sources[name][0] is None and name == needed[0]:
                 raise ValueError(f"data.{name} is not set: name a file, folder, glob, URL or hub dataset")
             if self.sources[name][0] is not None and name not in self._elements:
-                columns = self._tokenised(name, tokenizer)
-                self._elements[name] = self.elements(columns, tokenizer)
-                if name == "train":
-                    order = [len(self._elements[name]), self.shuffle, self.length_window, self.seed]
-                    self.fingerprint = f"{columns.fingerprint()[:32]}-{'-'.join(map(str, order))}"
+                self._elements[name] = self.ready(name, tokenizer)
+
+    def ready(self, stage: Stage, tokenizer: Tokenizer) -> Any:
+        """What the loader of a stage is made from: tokenised, or found in the cache."""
+        columns = self._tokenised(stage, tokenizer)
+        elements = self.elements(columns, tokenizer)
+        if stage == "train":
+            order = [len(elements), self.shuffle, self.length_window, self.seed]
+            self.fingerprint = f"{columns.fingerprint()[:32]}-{'-'.join(map(str, order))}"
+        return elements
 
     def train_dataloader(self) -> Any:
         shuffle = self.shuffle and not getattr(self.trainer, "overfit_batches", 0)
@@ -278,7 +287,7 @@ class TokenizedData(LightningDataModule, ABC):
         source, split, limit = self._source(stage)
         return {
             "kind": type(self).__qualname__,
-            "source": source_fingerprint(source, split),
+            "source": self.fingerprint(source, split),
             "side": [stage, self.validation_fraction] if self._from_train(stage) else None,
             "limit": limit,
             "arguments": self.arguments(),

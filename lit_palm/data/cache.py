@@ -15,18 +15,19 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from numpy.typing import DTypeLike, NDArray
 
-__all__ = ["ColumnWriter", "Columns", "cache_folder", "cached"]
+__all__ = ["ColumnWriter", "Columns", "Records", "cache_folder", "cached"]
 
 FORMAT = 1  # raise it when what is written changes its meaning
 _PENDING = 2**20  # values of a column that wait in memory to be written together
+_BLOCK = 2**24  # bytes that are looked through at a time
 
 
 class ColumnWriter:
@@ -80,7 +81,7 @@ class Columns:
 
     Attributes:
         arrays: name -> [n] memory-mapped numbers.
-        records: the records, in order.
+        records: the records, in order, read when they are asked for.
         meta: the plain values.
     """
 
@@ -92,8 +93,32 @@ class Columns:
             path = folder / f"{name}.bin"
             empty = path.stat().st_size == 0  # which cannot be mapped
             self.arrays[name] = np.empty(0, kind) if empty else np.memmap(path, dtype=kind, mode="r")
-        with open(folder / "records.jsonl", encoding="utf-8") as file:
-            self.records: list[dict[str, Any]] = [json.loads(line) for line in file]
+        self.records = Records(folder / "records.jsonl")
+
+
+class Records(Sequence[dict[str, Any]]):
+    """The records of an entry, each read from the mapped file when it is asked for: ten million are 80 MB of offsets,
+    where as objects they would be several GB in every process."""
+
+    def __init__(self, path: Path) -> None:
+        empty = path.stat().st_size == 0  # which cannot be mapped
+        self._bytes: NDArray[np.uint8] = np.empty(0, np.uint8) if empty else np.memmap(path, np.uint8, mode="r")
+        starts = range(0, len(self._bytes), _BLOCK)
+        ends = [np.flatnonzero(self._bytes[start : start + _BLOCK] == ord("\n")) + start + 1 for start in starts]
+        self._offsets = np.concatenate([[0], *ends])
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        return json.loads(self._bytes[self._offsets[index] : self._offsets[index + 1]].tobytes())
 
     def fingerprint(self) -> str:
         """sha256 of the columns' names, lengths and a sample of their values: the same content, wherever it lies."""

@@ -91,6 +91,7 @@ class Windows:
         pad_id: fills rows up.
         targets: which of `tokens` are learned from, flat; None: all. The first token of a piece never is.
         room: pack pieces into windows of this length; None: each piece is a row, padded to the longest of its batch.
+        packed: what `pack` returned, where that is known already.
     """
 
     def __init__(
@@ -101,10 +102,13 @@ class Windows:
         pad_id: int,
         targets: NDArray[np.bool_] | None = None,
         room: int | None = None,
+        packed: tuple[Ints, Ints] | None = None,
     ) -> None:
         self.tokens, self.starts, self.lengths = tokens, starts, lengths
         self.pad_id, self.targets, self.room = pad_id, targets, room
-        if room is None:
+        if packed is not None:
+            self.order, self.offsets = packed
+        elif room is None:
             self.order, self.offsets = np.arange(len(lengths)), np.arange(len(lengths) + 1)
         else:
             self.order, self.offsets = pack(lengths, room)

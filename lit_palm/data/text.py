@@ -20,10 +20,12 @@ from lit_palm.data.packing import Windows, split_documents
 from lit_palm.data.sources import Row, TextUnit, column, read_rows
 from lit_palm.data.tokenizers import Tokenizer
 
-__all__ = ["TextData"]
+__all__ = ["Document", "TextData", "checked"]
 
 
-class _Document(NamedTuple):
+class Document(NamedTuple):
+    """A document: its text, or its ids where it comes tokenised; and its place."""
+
     text: str | None
     tokens: list[int] | None
     where: str
@@ -67,23 +69,23 @@ class TextData(TokenizedData):
     def read(self, source: str, split: str, limit: int | None) -> Iterator[Row]:
         return read_rows(source, split, limit=limit, text_unit=self.text_unit)
 
-    def parse(self, rows: Iterator[Row]) -> Iterator[tuple[str, _Document]]:
+    def parse(self, rows: Iterator[Row]) -> Iterator[tuple[str, Document]]:
         for row in rows:
             if "tokens" in row.columns and self.text_column not in row.columns:
                 tokens = column(row, "tokens", (list, tuple))
-                yield str(tokens), _Document(None, list(tokens), row.where)
+                yield str(tokens), Document(None, list(tokens), row.where)
             else:
                 text = column(row, self.text_column, str)
                 if text.strip():  # an empty line is no document
-                    yield text, _Document(text, None, row.where)
+                    yield text, Document(text, None, row.where)
 
-    def texts(self, sample: _Document) -> Iterable[str]:
+    def texts(self, sample: Document) -> Iterable[str]:
         return () if sample.text is None else (sample.text,)
 
-    def write(self, samples: list[_Document], tokenizer: Tokenizer, writer: ColumnWriter) -> None:
+    def write(self, samples: list[Document], tokenizer: Tokenizer, writer: ColumnWriter) -> None:
         encoded = iter(tokenizer.encode_batch([s.text for s in samples if s.text is not None]))
         for sample in samples:
-            ids = next(encoded) if sample.tokens is None else _checked(sample, tokenizer)
+            ids = next(encoded) if sample.tokens is None else checked(sample, tokenizer.vocab_size)
             document = [*tokenizer.prefix, *ids, tokenizer.eos_id]
             writer.append("tokens", document, np.int32)
             writer.append("lengths", [len(document)], np.int64)
@@ -100,9 +102,13 @@ class TextData(TokenizedData):
         )
 
 
-def _checked(sample: _Document, tokenizer: Tokenizer) -> list[int]:
+def checked(sample: Document, size: int) -> list[int]:
+    """The ids of a document that came tokenised, for a vocabulary of `size` ids.
+
+    Raises:
+        ValueError: naming file and line, when one is outside the vocabulary.
+    """
     tokens = sample.tokens or []
-    size = tokenizer.vocab_size
     wrong = next((t for t in tokens if not isinstance(t, int) or not 0 <= t < size), None)
     if wrong is not None:
         raise ValueError(

@@ -64,8 +64,8 @@ class StepWeight:
             ValueError: gradients are accumulated over a dataloader that cannot look ahead.
         """
         trainer = module.trainer
-        left = int(trainer.num_training_batches) - trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        rest = min(trainer.accumulate_grad_batches - 1, left)
+        left = trainer.num_training_batches - trainer.fit_loop.epoch_loop.batch_progress.current.ready  # a stream: inf
+        rest = int(min(trainer.accumulate_grad_batches - 1, left))
         loader: Any = trainer.train_dataloader
         if rest > 0 and not hasattr(loader, "upcoming"):
             raise ValueError(
