@@ -5,6 +5,7 @@ from lit_palm.callbacks.files import MetricsFile, PredictionWriter, RolloutWrite
 from lit_palm.callbacks.finite import NonFiniteGuard
 from lit_palm.callbacks.last_checkpoint import LastCheckpoint
 from lit_palm.callbacks.learning_rate import LearningRate
+from lit_palm.callbacks.mixture import MixtureShares
 from lit_palm.callbacks.preemption import Preemption
 from lit_palm.callbacks.progress import ProgressBar
 from lit_palm.callbacks.samples import SampleLogger
@@ -19,6 +20,7 @@ __all__ = [
     "LastCheckpoint",
     "LearningRate",
     "MetricsFile",
+    "MixtureShares",
     "NonFiniteGuard",
     "PredictionWriter",
     "Preemption",
@@ -30,8 +32,8 @@ __all__ = [
     "Watchdog",
 ]
 
-DEFAULTS = (LearningRate, Throughput, SampleLogger, ProgressBar)
+DEFAULTS = (LearningRate, Throughput, MixtureShares, SampleLogger, ProgressBar)
 """What the CLI adds to every run, unless the configuration has a callback of the type that `replaces()` names."""
 
-NEED_LOGGER = (LearningRate, Throughput, SampleLogger)
+NEED_LOGGER = (LearningRate, Throughput, MixtureShares, SampleLogger)
 """Those of them that have nothing to do without a logger."""

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from lit_palm.callbacks import MixtureShares
 from lit_palm.data import StreamingTextData, TextSource
 from tests.data.stream_files import shards
 from tests.modules.test_resume import Deadly, Killed
@@ -116,6 +117,17 @@ def test_a_run_that_ended_goes_on_with_more_steps(tmp_path: Path) -> None:
     state, rest = run(tmp_path, {"max_steps": 7}, {}, path=tmp_path / "end.ckpt")
     same(order[4:], rest)
     same(expected, state)
+
+
+def test_shares_are_logged(tmp_path: Path) -> None:
+    module, data = job(tmp_path)
+    data.mixture[0].name, data.mixture[1].name = "large", "small"
+    runner = trainer(tmp_path, max_steps=40, callbacks=[MixtureShares()])
+    runner.fit(module, datamodule=data)
+    logged = {name: float(value) for name, value in runner.callback_metrics.items() if name.startswith("data/")}
+    assert logged["data/share/large"] + logged["data/share/small"] == pytest.approx(1)
+    assert 0.5 < logged["data/share/large"] < 0.85  # a draw is a large part of so few tokens
+    assert logged["data/epoch/small"] > logged["data/epoch/large"]
 
 
 def test_a_stream_without_an_end_needs_one(tmp_path: Path) -> None:
