@@ -3,6 +3,7 @@
     lit-palm fit --config configs/demo/pretrain.yaml [--config overlay.yaml] [--model.objective=DPO] [--print_config]
     lit-palm generate --checkpoint runs/demo/ppo/last.ckpt --prompt "The film"
     lit-palm export runs/demo/ppo/last.ckpt folder
+    lit-palm plan --config configs/ppo.yaml --device a100-80gb --devices 64 [--dry-run] [--json]
     lit-palm plugins [--json | show NAME]
     lit-palm new-objective NAME [--kind offline|online]
 
@@ -30,6 +31,7 @@ __all__ = ["build_cli", "main", "prepare_process"]
 EXTRA_VERBS = {
     "generate": "Complete prompts with a checkpoint, streaming to the terminal.",
     "export": "Write a checkpoint's networks as safetensors with their configuration and tokeniser.",
+    "plan": "Say what a run needs on which devices: memory, time and cost, and what to change where it does not fit.",
     "plugins": "List objectives, rewards, networks and engines, and where they come from.",
     "new-objective": "Write a package with an objective of your own, which trains and passes its tests as it stands.",
 }
@@ -137,6 +139,33 @@ def build_cli() -> type[Any]:
     return LitPalmCLI
 
 
+def parse_fit(argv: list[str]) -> tuple[Any, Any]:
+    """What `lit-palm fit ARGV` would run with: its configuration as parsed, and its model without networks."""
+    from jsonargparse import Namespace
+
+    class Reader(build_cli()):  # type: ignore[misc]
+        def _set_seed(self) -> None:
+            """Nothing is drawn."""
+
+        def instantiate_classes(self) -> None:
+            """Neither data nor Trainer is built."""
+
+        def _run_subcommand(self, subcommand: str) -> None:
+            """Nothing is run."""
+
+    before = list(sys.argv)
+    sys.argv[1:] = ["fit", *argv]
+    try:
+        plugins.load_named(sys.argv[1:])
+        reader = Reader()
+    finally:
+        sys.argv[:] = before
+    config = reader.config["fit"]
+    parser = reader._parser("fit")
+    build = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    return config, build(Namespace(model=config.model)).model
+
+
 # what jsonargparse says beside the reason, when a value fits none of the types that its key allows
 _BESIDE = re.compile(
     r"Does not validate against|Subtypes:|Errors:|Given value|Problem with given class_path|Parser key|"
@@ -195,6 +224,10 @@ def run(argv: Sequence[str]) -> int:
             from lit_palm import scaffold
 
             return scaffold.main(argv[1:])
+        if verb == "plan":
+            from lit_palm import plan
+
+            return plan.main(argv[1:], parse_fit)
         from lit_palm import generate
 
         return generate.main(argv[1:]) if verb == "generate" else generate.export_main(argv[1:])
