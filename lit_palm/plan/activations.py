@@ -132,10 +132,19 @@ class Head:
     forward: float
     """Most that its forward pass holds beside what is saved."""
     backward: float
-    """Most that its backward pass holds beside what is saved, without the gradient of the output weight."""
+    """Most that its backward pass holds beside what is saved, before there is a gradient of the output weight."""
+    backward_again: float
+    """The same for the second chunk and later ones."""
     hidden_grad: float
+    wide: float
+    """The gradient of the output weight while chunks are added up."""
     product: float
     """Temporaries of that gradient where it is summed in another type than it is multiplied in."""
+
+    @property
+    def alone(self) -> float:
+        """Most that a pass without gradients holds."""
+        return self.saved + self.cast + self.forward
 
 
 def head_bytes(
@@ -152,7 +161,7 @@ def head_bytes(
 
     Logits come in chunks of 2^24 elements. A forward pass holds a chunk's logits (type c, and widened to float32 where
     that differs) beside its log-softmax (float32), then one more for entropies; a backward pass holds the
-    log-probabilities and the gradient of the logits.
+    log-probabilities and the gradient of the logits, in float32 and once more in c.
     """
     c, d, v = precision.compute, shape.config.d_model, shape.vocab
     chunk = max(1, MAX_LOGITS // v)
@@ -161,14 +170,18 @@ def head_bytes(
     logits = one * c / 4 + (one if c < 4 else 0)
     forward = max(logits, one if entropy else 0) + one - kept
     gradient = one * c / 4 if c < 4 else 0.0
-    again = max(logits + one, 2 * one + (one if entropy_grad else 0), one + gradient) if not kept else 0.0
-    backward = again if not kept else one * (2 if entropy_grad else 1) + gradient
-    indices = 8.0 * targets * 3 + 8.0 * targets
+    if kept:
+        backward = one * (2 if entropy_grad else 1) + gradient
+    else:
+        backward = max(logits + one, 2 * one, one + gradient)
+    low = 1.0 if c < 4 else 0.0
     return Head(
-        saved=targets * d * c + kept + indices,
+        saved=targets * d * c + kept + 32.0 * targets,
         cast=2.0 * shape.embedding if casts_weights else 0.0,
         forward=forward + targets * d * c,
         backward=backward,
+        backward_again=backward if not kept else 0.0,
         hidden_grad=targets * d * c + tokens * d * precision.residual,
-        product=2.0 * shape.embedding if c < 4 else 0.0,
+        wide=4.0 * shape.embedding,
+        product=2.0 * shape.embedding * low,
     )

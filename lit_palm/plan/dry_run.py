@@ -1,12 +1,13 @@
 """One rank of N, traced without hardware: the real networks, loss, optimiser and sharding on fake tensors.
 
 A fake process group stands for the other ranks and fake tensors for memory, on a mesh of type "cpu" whatever the device
-that is planned for. What is traced is two optimiser steps as the modules take them (the second has optimiser state and
-the gradients of the first), with a loss that the objective really computes.
+that is planned for. What is traced is an optimiser step as the modules take it, in steady state (there are optimiser state and the
+gradients of the step before), with a loss that the objective really computes.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lit_palm.models import kernels
 from lit_palm.models.base import ScalarNetwork
 from lit_palm.plan.job import Job, NetworkShape
 from lit_palm.plan.tracker import Tracker
@@ -64,7 +66,7 @@ def fake_ranks(world_size: int) -> Iterator[None]:
 
 
 def dry_run(module: LitModule, job: Job) -> DryRun:
-    """Trace two optimiser steps of a rank.
+    """Trace an optimiser step of a rank.
 
     Args:
         module: as the configuration makes it, without networks.
@@ -75,17 +77,23 @@ def dry_run(module: LitModule, job: Job) -> DryRun:
     """
     if job.sharding.kind == "fsdp1" or job.sharding.tensor > 1:
         raise ValueError("--dry-run traces one device, DDP and FSDP2 (ModelParallelStrategy): choose one of these")
-    with fake_ranks(job.sharding.data), _no_real_memory():
+    with fake_ranks(job.sharding.data), _kernels_of(job):
         return _Tracing(module, job).run()
 
 
 @contextmanager
-def _no_real_memory() -> Iterator[None]:
-    before = torch.get_rng_state()
+def _kernels_of(job: Job) -> Iterator[None]:
+    """Fake tensors are on a "cpu"; for other devices SwiGLU's backward pass shall not go by pieces, and nothing of the
+    process's random numbers is used up."""
+    state, piece = torch.get_rng_state(), kernels.PIECE
+    kernels.PIECE = piece if job.kernels == "cpu" else 2**62
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
+            yield
     finally:
-        torch.set_rng_state(before)
+        kernels.PIECE = piece
+        torch.set_rng_state(state)
 
 
 class _Tracing:
@@ -120,12 +128,12 @@ class _Tracing:
         with self.doing("optimiser"):
             optimizer = module.optimizer(list(module.parameter_groups()))
             buckets = [torch.empty_like(p) for p in module.networks.parameters()] if job.sharding.kind == "ddp" else []
-        self.tracker.peak = 0
-        module.networks.train()
-        for _ in range(2):
-            self.tracker.traffic.clear()
-            self.step(optimizer, buckets)
+        self.first_step(optimizer)
         tracker = self.tracker
+        tracker.peak = 0
+        tracker.peaks.clear()
+        module.networks.train()
+        self.step(optimizer, buckets)
         local = {
             name: sum(_local(p).numel() for p in network.parameters()) for name, network in module.networks.items()
         }
@@ -148,6 +156,17 @@ class _Tracing:
             torch.set_default_dtype(before)
 
     # ------------------------------------------------------------------ a step
+
+    def first_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """What an earlier step leaves behind: gradients and optimiser state."""
+        with self.doing("gradients"):
+            for parameter in self.module.networks.parameters():
+                parameter.grad = torch.empty_like(parameter)
+        with self.doing("optimiser"):
+            for group in optimizer.param_groups:
+                if self.job.kernels == "gpu" and "foreach" in group and group["foreach"] is None:
+                    group["foreach"] = True  # what torch prefers there
+            optimizer.step()
 
     def step(self, optimizer: torch.optim.Optimizer, buckets: list[Tensor]) -> None:
         job, module = self.job, self.module
