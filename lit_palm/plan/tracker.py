@@ -38,6 +38,12 @@ COLLECTIVES = {
 }
 
 
+def _adds_up(args: Any) -> bool:
+    one, other, *_ = (*args, None)
+    both = isinstance(one, Tensor) and isinstance(other, Tensor)
+    return both and one.shape == other.shape and one.dtype == other.dtype
+
+
 class Tracker(TorchDispatchMode):
     """A context in which memory and traffic are counted.
 
@@ -90,6 +96,9 @@ class Tracker(TorchDispatchMode):
             return torch.zeros(self.selected, args[0].dim(), dtype=torch.long)
         if name == "_local_scalar_dense":
             return 1.0 if args[0].dtype.is_floating_point else 1
+        if name == "add" and self.label == "backward" and not torch.is_grad_enabled() and _adds_up(args):
+            # two gradients of one tensor: torch adds them in place, but not while somebody watches
+            return args[0].add_(args[1])
         if name in COLLECTIVES and func.namespace in ("c10d", "_c10d_functional"):
             sizes = [t.untyped_storage().nbytes() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             result = func(*args, **kwargs)
