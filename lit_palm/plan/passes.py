@@ -52,6 +52,8 @@ class _Walk:
         # bytes of a gradient before it is reduced
         self.gradient_bytes = job.precision.compute if job.sharding.casts else job.precision.weight
         self.behind = self.ahead = self.waiting = 0.0
+        # casts that nothing needs, which autocast remembers until the forward pass of the whole step is over
+        self.cached = 0.0
 
     def block(self, shape: NetworkShape, rows: int, length: int) -> Block:
         job = self.job
@@ -155,15 +157,16 @@ class _Walk:
         """A forward pass with gradients: each block leaves what it keeps."""
         job, ledger = self.job, self.ledger
         block, part = self.block(shape, job.rows, job.length), job.block_part(shape)
-        layers, recomputed = shape.config.num_layers, shape.config.activation_checkpointing
+        recomputed = shape.config.activation_checkpointing
         self.gather(name, shape.root)
         ledger.hold(ACTIVATIONS, network_bytes(shape, job.precision, job.rows, job.length, job.masked) + block.residual)
-        for _ in range(layers):
+        for _ in range(shape.config.num_layers):
             self.gather(name, part)
             if recomputed:
                 ledger.touch(ACTIVATIONS, block.forward + block.residual)
                 ledger.hold(ACTIVATIONS, block.residual)
-                ledger.hold(ACTIVATIONS, block.cast)  # autocast remembers the casts until the step has run
+                ledger.hold(ACTIVATIONS, block.cast)
+                self.cached += block.cast
             else:
                 ledger.hold(ACTIVATIONS, block.saved)
                 ledger.touch(ACTIVATIONS, block.forward_end)
@@ -173,8 +176,6 @@ class _Walk:
             self._head_forward(shape, targets)
         self.release(name, shape.root)
         self.forget()
-        if recomputed:
-            ledger.free(ACTIVATIONS, block.cast * layers)
 
     def _head_forward(self, shape: NetworkShape, targets: int) -> None:
         job, ledger = self.job, self.ledger
@@ -282,6 +283,7 @@ def update(job: Job) -> Ledger:
         walk.forward(name, shape, job.targets)
     if "reference" in job.needs and "rollouts" not in job.needs and "reference" in job.frozen:
         walk.forward_without_grad("reference", job.frozen["reference"], job.rows, job.length, job.targets)
+    ledger.free(ACTIVATIONS, walk.cached)
     if job.accumulate == 1:
         ledger.free(GRADIENTS, gradients)
     for name, shape in reversed(job.trained.items()):
@@ -296,8 +298,8 @@ def _optimizer_step(job: Job, ledger: Ledger) -> None:
     if job.sharding.offload:
         return
     if job.kernels == "gpu" and job.optimizer.step_all:
-        local = sum(map(job.share, job.trained.values()))
-        ledger.touch(STEP, local * job.precision.weight * job.optimizer.step_all)
+        group = max(map(job.share, job.trained.values()))  # one parameter group at a time
+        ledger.touch(STEP, group * job.precision.weight * job.optimizer.step_all)
     largest = max(shape.largest for shape in job.trained.values())
     ledger.touch(STEP, largest / parts * job.precision.weight * job.optimizer.step_largest)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -67,8 +68,10 @@ class Tracker(TorchDispatchMode):
         self.at_peak: dict[str, int] = {}
         self.peaks: Counter[str] = Counter()
         self.traffic: Counter[str] = Counter()
+        self.paused = False
         self._known: Any = WeakIdKeyDictionary()
         self._resize: Any = None
+        self._propagate: Any = None
 
     def __enter__(self) -> Tracker:
         resize = self._resize = torch.UntypedStorage.resize_
@@ -80,11 +83,23 @@ class Tracker(TorchDispatchMode):
             return result
 
         torch.UntypedStorage.resize_ = counted  # type: ignore[method-assign]
+        propagate = self._propagate = ShardingPropagator._propagate_tensor_meta_non_cached
+
+        def apart(*args: Any, **kwargs: Any) -> Any:
+            # DTensor finds the shape of a result on fake tensors of the whole: they never are
+            before, self.paused = self.paused, True
+            try:
+                return propagate(*args, **kwargs)
+            finally:
+                self.paused = before
+
+        ShardingPropagator._propagate_tensor_meta_non_cached = apart  # type: ignore[method-assign]
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        ShardingPropagator._propagate_tensor_meta_non_cached = self._propagate  # type: ignore[method-assign]
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -112,6 +127,8 @@ class Tracker(TorchDispatchMode):
         return result
 
     def _see(self, tensor: Tensor) -> None:
+        if self.paused:
+            return
         storage = tensor.untyped_storage()
         if storage not in self._known:
             self._known[storage] = (0, self.label)
