@@ -27,7 +27,14 @@ __all__ = [
 
 
 def palm_parameters(
-    *, d_model: int, num_layers: int, num_heads: int, head_dim: int, vocab_size: int, num_kv_heads: int = 1, d_ffn: int = 0
+    *,
+    d_model: int,
+    num_layers: int,
+    num_heads: int,
+    head_dim: int,
+    vocab_size: int,
+    num_kv_heads: int = 1,
+    d_ffn: int = 0,
 ) -> int:
     """Parameters of a PaLM: tied embedding, and blocks of one norm, q, k, v, two halves of SwiGLU and two outputs."""
     d_ffn = d_ffn or 4 * d_model
@@ -59,9 +66,7 @@ def training_flops(parameters: float, attention: float = 0.0, recomputed: bool =
     return (4 if recomputed else 3) * forward_flops(parameters, attention)
 
 
-def model_flops_utilisation(
-    tokens_per_second: float, flops_a_token: float, devices: int, peak_flops: float
-) -> float:
+def model_flops_utilisation(tokens_per_second: float, flops_a_token: float, devices: int, peak_flops: float) -> float:
     """The share of the peak that useful operations take (PaLM, appendix B); recomputation does not count."""
     return tokens_per_second * flops_a_token / (devices * peak_flops)
 
@@ -76,8 +81,8 @@ def flops_per_token(networks: Iterable[nn.Module], length: int) -> float:
     for network in networks:
         trunk = network.trunk if isinstance(network, ScalarNetwork) else network
         config = getattr(trunk, "config", None)
-        sizes = [getattr(config, name, None) for name in ("num_layers", "num_heads", "head_dim")]
-        attention = attention_flops(*sizes, length) if all(isinstance(s, int) for s in sizes) else 0  # type: ignore[arg-type]
+        layers, heads, width = (getattr(config, name, 0) for name in ("num_layers", "num_heads", "head_dim"))
+        attention = attention_flops(layers, heads, width, length)
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in network.parameters() if not p.requires_grad)
         total += training_flops(trained, attention) if trained else forward_flops(0, attention)

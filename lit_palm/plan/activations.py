@@ -12,8 +12,8 @@ keeps for its backward pass
     out     n H Q c         what attention gives, kept by it and by the product that follows
     hidden  n I c           which the last product keeps
 
-Under autocast each product also keeps its weight's cast, and attention its mask's. With activation checkpointing a block
-keeps x alone. `tests/plan/test_activations.py` compares these figures with what autograd really saves.
+Under autocast each product also keeps its weight's cast, and attention its mask's. With activation checkpointing a
+block keeps x alone. `tests/plan/test_activations.py` compares these figures with what autograd really saves.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def block_bytes(
 
 
 def network_bytes(shape: NetworkShape, precision: Precision, rows: int, length: int, masked: bool = False) -> float:
-    """Bytes kept once for all blocks: token ids, RoPE's tables, the mask [B, 1, T, T] and the last norm's statistics."""
+    """Bytes kept once for all blocks: token ids, RoPE's tables, the mask [B, 1, T, T], the last norm's statistics."""
     n, config = rows * length, shape.config
     pairs = 4 if config.xpos else 2
     tables = pairs * config.max_length * config.head_dim * 4

@@ -63,8 +63,9 @@ def main(argv: Sequence[str], parse_fit: Callable[[list[str]], tuple[Any, Any]])
     config, module = parse_fit(rest)
 
     from lit_palm.plan.planning import make_plan
-    from lit_palm.plan.reading import Wishes, read_job
+    from lit_palm.plan.reading import read_job
     from lit_palm.plan.report import as_record, as_text
+    from lit_palm.plan.sizes import Wishes
 
     wishes = Wishes(
         devices=options.devices,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -29,7 +30,7 @@ class Device:
     interconnect: float
     price: float
     reserve: int = 0
-    kernels: Literal["gpu", "cpu"] = "gpu"
+    kernels: Literal["accelerator", "host"] = "accelerator"
 
     @property
     def usable(self) -> int:
@@ -78,10 +79,8 @@ def _device(name: str, entry: dict[str, Any]) -> Device:
 def _number(name: str, key: str, value: Any) -> float | int | None:
     """A number; YAML takes 312e12 without a dot and a sign for a text."""
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     optional = key in ("memory", "bandwidth") or key.startswith("flops.")
     if value is None and optional:
         return None

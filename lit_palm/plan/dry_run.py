@@ -1,8 +1,8 @@
 """One rank of N, traced without hardware: the real networks, loss, optimiser and sharding on fake tensors.
 
 A fake process group stands for the other ranks and fake tensors for memory, on a mesh of type "cpu" whatever the device
-that is planned for. What is traced is an optimiser step as the modules take it, in steady state (there are optimiser state and the
-gradients of the step before), with a loss that the objective really computes.
+that is planned for. What is traced is an optimiser step as the modules take it, in steady state (there are optimiser
+state and the gradients of the step before), with a loss that the objective really computes.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _kernels_of(job: Job) -> Iterator[None]:
     """Fake tensors are on a "cpu"; for other devices SwiGLU's backward pass shall not go by pieces, and nothing of the
     process's random numbers is used up."""
     state, piece = torch.get_rng_state(), kernels.PIECE
-    kernels.PIECE = piece if job.kernels == "cpu" else 2**62
+    kernels.PIECE = piece if job.kernels == "host" else 2**62
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
@@ -113,7 +113,7 @@ class _Tracing:
         if job.sharding.sharded:
             from torch.distributed.device_mesh import init_device_mesh
 
-            mesh = init_device_mesh("cpu", (job.sharding.data,))
+            mesh = init_device_mesh(_here(), (job.sharding.data,))
         with self.doing("weights"):
             module.networks = nn.ModuleDict({name: self.build(shape) for name, shape in job.trained.items()})
             if mesh is not None:
@@ -164,7 +164,7 @@ class _Tracing:
                 parameter.grad = torch.empty_like(parameter)
         with self.doing("optimiser"):
             for group in optimizer.param_groups:
-                if self.job.kernels == "gpu" and "foreach" in group and group["foreach"] is None:
+                if self.job.kernels == "accelerator" and "foreach" in group and group["foreach"] is None:
                     group["foreach"] = True  # what torch prefers there
             optimizer.step()
 
@@ -173,7 +173,7 @@ class _Tracing:
         for micro in range(job.accumulate):
             batch = self.batch()
             with self.doing("activations"), self.autocast():
-                output = module._output(Experience({k: v for k, v in batch.items() if k in READ_BY_NETWORKS}))
+                output = _host(module)._output(Experience({k: v for k, v in batch.items() if k in READ_BY_NETWORKS}))
             gradients = self.gradients(output, batch)
             with self.doing("activations"):
                 if micro == 0:
@@ -190,7 +190,7 @@ class _Tracing:
             optimizer.step()
 
     def autocast(self) -> Any:
-        return torch.autocast("cpu", dtype=torch.bfloat16) if self.job.precision.autocast else nullcontext()
+        return torch.autocast(_here(), dtype=torch.bfloat16) if self.job.precision.autocast else nullcontext()
 
     def batch(self) -> Experience:
         """A real batch of the job's size, small beside the networks: ids, masks and what objectives read."""
@@ -206,7 +206,8 @@ class _Tracing:
         place = torch.arange(rows)
         batch |= {"group": place // 2, "rank": place % 2, "rating": torch.randn(rows), "label": place % 2 == 0}
         if "rollouts" in job.needs:
-            noise = {k: torch.where(loss_mask, torch.randn(rows, length), 0) for k in ("old_logps", "ref_logps", "values")}
+            names = ("old_logps", "ref_logps", "values")
+            noise = {name: torch.where(loss_mask, torch.randn(rows, length), 0) for name in names}
             batch |= {**noise, "row": place, "scores": torch.randn(rows), "ended": torch.ones(rows, dtype=torch.bool)}
             batch["rollout_logps"] = noise["old_logps"]
             batch = self.module.objective.prepare(batch)
@@ -225,6 +226,16 @@ class _Tracing:
                 if value.requires_grad and getattr(real, name).grad is not None:
                     found[value] = torch.ones_like(value)
         return found
+
+
+def _here() -> str:
+    """The type of device that tensors, and so fake ones, are made on."""
+    return torch.get_default_device().type
+
+
+def _host(module: Any) -> Any:
+    """Any of the modules, whose forward pass of a step is `_output`."""
+    return module
 
 
 READ_BY_NETWORKS = ("tokens", "mask", "loss_mask", "positions", "documents")

@@ -1,10 +1,10 @@
 """A run as plain numbers: what the formulas read, whatever YAML it came from.
 
-    Job            all of a run: its networks, rows, precision, optimiser, sharding, collection
-    NetworkShape   a PaLM, optionally under a scalar head
-    Precision      bytes of a weight, a residual and a matrix product's input
-    Sharding       how weights are spread over devices
-    Collection     sizes of a collection of rollouts
+Job            all of a run: its networks, rows, precision, optimiser, sharding, collection
+NetworkShape   a PaLM, optionally under a scalar head
+Precision      bytes of a weight, a residual and a matrix product's input
+Sharding       how weights are spread over devices
+Collection     sizes of a collection of rollouts
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ class Job:
     entropy_trained: bool = False
     """The loss reads entropies, so backward goes through them."""
     collection: Collection | None = None
-    kernels: Literal["gpu", "cpu"] = "gpu"
+    kernels: Literal["accelerator", "host"] = "accelerator"
     max_steps: int = -1
 
     @property
@@ -216,10 +216,9 @@ class Job:
         if self.sharding.tensor == 1:
             return shape.block
         c = shape.config
-        common = 2 * min(c.num_kv_heads, self.sharding.tensor) * c.head_dim * c.d_model // self.sharding.tensor
-        common = max(common, 2 * c.head_dim * c.d_model)
-        shared_kv = 2 * c.num_kv_heads * c.head_dim * c.d_model
-        return (sum(shape.block_matrices) - shared_kv) / self.sharding.tensor + common + shape.block_vectors
+        keys = 2 * c.num_kv_heads * c.head_dim * c.d_model
+        own = max(keys / self.sharding.tensor, 2 * c.head_dim * c.d_model)
+        return (sum(shape.block_matrices) - keys) / self.sharding.tensor + own + shape.block_vectors
 
     def whole(self, shape: NetworkShape) -> float:
         """Parameters of one network on one device when none is sharded over data."""

@@ -1,4 +1,4 @@
-"""What an optimiser costs, found by taking a step of the very class on fake tensors: state, and temporaries of a step."""
+"""What an optimiser costs, found by taking a step of the very class on fake tensors: state and temporaries."""
 
 from __future__ import annotations
 
@@ -60,5 +60,7 @@ def _trace(make: Callable[[Any], torch.optim.Optimizer], weight_bytes: int, toge
             optimizer.step()
         except Exception as error:
             raise ValueError(f"model.optimizer: {name} cannot be traced without data ({error})") from error
-        state = [v for held in optimizer.state.values() for v in held.values() if isinstance(v, Tensor) and v.numel() > 1]
+        state = [
+            v for held in optimizer.state.values() for v in held.values() if isinstance(v, Tensor) and v.numel() > 1
+        ]
         return name, sum(v.numel() * v.element_size() for v in state), tracker.peak - start

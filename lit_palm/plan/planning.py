@@ -120,7 +120,10 @@ def _candidates(job: Job) -> Iterator[Candidate]:
     if job.devices > 1:
         yield f"shard over the {job.devices} devices (ModelParallelStrategy)", _shard(job.devices)
     yield "mixed precision (trainer.precision bf16-mixed)", _precision("bf16-mixed")
-    yield "16-bit weights and optimiser state (trainer.precision bf16-true), which costs accuracy", _precision("bf16-true")
+    yield (
+        "16-bit weights and optimiser state (trainer.precision bf16-true), which costs accuracy",
+        _precision("bf16-true"),
+    )
     if job.collection is not None:
         yield "fewer rows at once: rollout.batch_size and the engine's max_batch_size", _fewer_rows
     if job.sharding.sharded or job.devices > 1:
@@ -229,5 +232,3 @@ def _layerwise(job: Job) -> Job | None:
 def _offload(job: Job) -> Job | None:
     usable = job.sharding.sharded and not job.sharding.offload and _options_exist()
     return _with(job, offload=True) if usable else None
-
-

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from lit_palm.models.palm import PRESETS, PaLMConfig
-from lit_palm.plan.job import Collection, Job, NetworkShape, Precision, Sharding
+from lit_palm.plan.job import Job, NetworkShape, Precision, Sharding
 from lit_palm.plan.optimizers import optimizer_cost
+from lit_palm.plan.sizes import Wishes, argument, class_of, sizes, steps
 
 if TYPE_CHECKING:
     from lit_palm.modules.host import LitModule
 
-__all__ = ["Wishes", "read_job"]
+__all__ = ["PRECISIONS", "config_of_word", "read_job"]
 
 PRECISIONS = {
     "32-true": Precision("32-true", 4, 4, 4, False),
@@ -29,21 +29,6 @@ PRECISIONS = {
     "64-true": Precision("64-true", 8, 8, 8, False),
 }
 ALIASES = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true", "None": "32-true"}
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What the command line says beside the configuration."""
-
-    devices: int = 1
-    network: str | None = None
-    vocab_size: int | None = None
-    length: int | None = None
-    prompt_length: int | None = None
-    answers: int = 2
-    kernels: str = "gpu"
-    notes: list[str] = field(default_factory=list)
-    """Filled with what was assumed."""
 
 
 def read_job(module: LitModule, config: Any, wishes: Wishes) -> Job:
@@ -63,7 +48,7 @@ def read_job(module: LitModule, config: Any, wishes: Wishes) -> Job:
     trained, frozen = _networks(module, main, wishes)
     needs = frozenset(map(str, module.objective.needs))
     accumulate = int(config.trainer.get("accumulate_grad_batches") or 1)
-    rows, length, targets, masked, collection = _sizes(module, config.data, main, sharding, wishes)
+    rows, length, targets, masked, collection = sizes(module, config.data, main, sharding, wishes)
     return Job(
         kind=module.kind,
         objective=type(module.objective).__name__,
@@ -81,8 +66,8 @@ def read_job(module: LitModule, config: Any, wishes: Wishes) -> Job:
         masked=masked,
         entropy_trained=bool(getattr(module.objective, "entropy_coef", 0)),
         collection=collection,
-        kernels="cpu" if wishes.kernels == "cpu" else "gpu",
-        max_steps=_steps(module, config.trainer, collection, accumulate),
+        kernels="host" if wishes.kernels == "host" else "accelerator",
+        max_steps=steps(module, config.trainer, collection, accumulate),
     )
 
 
@@ -98,7 +83,7 @@ def _precision(value: Any) -> Precision:
 
 def _sharding(module: LitModule, trainer: Any, devices: int) -> Sharding:
     """How the strategy spreads weights over the devices; `model.sharding` refines it where the module has it."""
-    name, options = _class_of(trainer.get("strategy"))
+    name, options = class_of(trainer.get("strategy"))
     own = getattr(module, "sharding", None)
     wanted = {key: getattr(own, key) for key in ("offload", "rollout", "frozen") if getattr(own, key, None) is not None}
     if name.startswith("ModelParallelStrategy"):
@@ -136,17 +121,6 @@ def _casts() -> bool:
 
     spread = getattr(sharding, "parallelize", None)
     return spread is not None and "precision" in inspect.signature(spread).parameters
-
-
-def _class_of(value: Any) -> tuple[str, Mapping[str, Any]]:
-    """Name and arguments of a class in a configuration, or of a strategy written as a word."""
-    if value is None or isinstance(value, str):
-        return value or "auto", {}
-    if isinstance(value, Mapping) or hasattr(value, "get"):
-        options = value.get("init_args") or {}
-        options = options if isinstance(options, Mapping) else vars(options)
-        return str(value.get("class_path")).rpartition(".")[2], options
-    return type(value).__name__, {}
 
 
 # ---------------------------------------------------------------------------------------------- networks
@@ -210,8 +184,8 @@ def _mappings(value: Any) -> Iterator[dict[str, Any]]:
 
 def _vocab_of(data: Any, wishes: Wishes) -> int:
     """The size of the vocabulary that the data's tokeniser has, as far as its configuration tells."""
-    tokenizer = _argument(data, "tokenizer")
-    name, options = _class_of(tokenizer) if not isinstance(tokenizer, str) else (tokenizer, {})
+    tokenizer = argument(data, "tokenizer")
+    name, options = class_of(tokenizer) if not isinstance(tokenizer, str) else (tokenizer, {})
     if "vocab_size" in options:
         wishes.notes.append(f"vocabulary of {options['vocab_size']} ids, as data.tokenizer asks for")
         return int(options["vocab_size"])
@@ -259,93 +233,3 @@ def _of_checkpoint(path: str, what: str, main: PaLMConfig, wishes: Wishes) -> Pa
     if note not in wishes.notes:
         wishes.notes.append(note)
     return main
-
-
-# ---------------------------------------------------------------------------------------------- rows
-
-
-def _argument(data: Any, name: str) -> Any:
-    options = (data.get("init_args") or {}) if data is not None else {}
-    return options.get(name)
-
-
-def _sizes(
-    module: LitModule, data: Any, main: PaLMConfig, sharding: Sharding, wishes: Wishes
-) -> tuple[int, int, int, bool, Collection | None]:
-    """Rows and length of a micro-batch of one device, its targets, whether it is masked, and the collection."""
-    if "rollouts" in module.objective.needs:
-        collection = _collection(module, data, main, sharding, wishes)
-        rows = collection.minibatch // sharding.data
-        return (
-            rows,
-            collection.prompt_length + collection.new_tokens,
-            rows * collection.new_tokens,
-            False,
-            collection,
-        )
-    name = _class_of(data)[0]
-    length = wishes.length or _argument(data, "sequence_length") or _argument(data, "max_length")
-    if length is None:
-        length = main.max_length
-        wishes.notes.append(f"rows of {length} tokens, the network's context; say --length if the data's are shorter")
-    if length > main.max_length:
-        raise ValueError(f"rows of {length} tokens are more than the network's max_length ({main.max_length})")
-    rows = int(_argument(data, "batch_size") or 16)
-    if name == "PreferenceData":
-        rows *= wishes.answers
-        wishes.notes.append(f"{wishes.answers} answers a prompt (--answers), none sharing its prompt's encoding")
-    masked = bool(_argument(data, "pack")) and name in ("TextData", "DemonstrationData")
-    return rows, int(length), rows * (int(length) - 1), masked, None
-
-
-def _collection(module: LitModule, data: Any, main: PaLMConfig, sharding: Sharding, wishes: Wishes) -> Collection:
-    from lit_palm.rollout.rewards import RewardModel, every_reward
-
-    policy: Any = module
-    config, sampling = policy.rollout, policy.sampling
-    if config.num_prompts % sharding.data:
-        raise ValueError(
-            f"rollout.num_prompts {config.num_prompts} must be a multiple of the {sharding.data} groups of devices "
-            "that read different prompts"
-        )
-    if config.minibatch_size % sharding.data:
-        raise ValueError(
-            f"rollout.minibatch_size {config.minibatch_size} must be a multiple of the {sharding.data} groups of "
-            "devices that read different rows"
-        )
-    kept = policy.objective.num_kept(config.num_prompts, config.completions_per_prompt)
-    if kept % config.minibatch_size:
-        raise ValueError(f"rollout.minibatch_size {config.minibatch_size} does not divide the {kept} rows of a collection")
-    room = main.max_length - sampling.max_new_tokens
-    if room < 1:
-        raise ValueError(f"sampling.max_new_tokens {sampling.max_new_tokens} leaves no room in {main.max_length} tokens")
-    prompt = wishes.prompt_length or _argument(data, "max_prompt_length")
-    if prompt is None:
-        prompt = room
-        wishes.notes.append(f"prompts of {prompt} tokens, all that fits; say --prompt_length if yours are shorter")
-    if prompt > room:
-        raise ValueError(
-            f"prompts of {prompt} tokens and {sampling.max_new_tokens} new ones are more than the network's max_length "
-            f"({main.max_length})"
-        )
-    models = [r for r in every_reward(policy.rewards) if isinstance(r, RewardModel)]
-    return Collection(
-        num_prompts=config.num_prompts,
-        completions=config.completions_per_prompt,
-        prompt_length=int(prompt),
-        new_tokens=sampling.max_new_tokens,
-        batch_size=config.batch_size,
-        reward_batch=max((r.batch_size for r in models), default=config.batch_size),
-        passes=config.passes,
-        minibatch=config.minibatch_size,
-        engine_batch=getattr(policy.engine, "max_batch_size", None),
-    )
-
-
-def _steps(module: LitModule, trainer: Any, collection: Collection | None, accumulate: int) -> int:
-    """Optimiser steps of the run; -1 when the configuration does not limit them."""
-    steps = int(trainer.get("max_steps") or -1)
-    if steps < 0 and collection is not None and trainer.get("max_epochs"):
-        batches = collection.passes * (collection.rows // collection.minibatch)
-        return int(trainer.get("max_epochs")) * -(-batches // accumulate)
-    return steps

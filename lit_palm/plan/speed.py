@@ -72,16 +72,17 @@ def speed_of(job: Job, device: Device, utilisation: float, tokens: float | None)
     rate = job.devices * peak * utilisation
     passes = job.collection.passes if job.collection else 1
     useful, executed = step_flops(job, False) * passes, step_flops(job) * passes
-    extra, decode, per_step = collection_flops(job), 0.0, job.tokens_per_step
+    extra, decode, per_step = collection_flops(job), 0.0, float(job.tokens_per_step)
     if job.collection is not None:
         per_step = job.collection.rows * job.length
         assert device.bandwidth is not None
         weights = job.whole(job.trained["policy"]) * job.precision.compute
-        computed = forward_flops(job.trained["policy"].parameters) * job.collection.rows * job.collection.new_tokens / rate
+        sampled = job.collection.rows * job.collection.new_tokens
+        computed = forward_flops(job.trained["policy"].parameters) * sampled / rate
         decode = max(0.0, job.collection.new_tokens * weights / device.bandwidth - computed)
     seconds = (executed + extra) * per_step / rate + decode
     if tokens is None and job.max_steps > 0:
-        steps = job.max_steps * job.accumulate
+        steps: float = job.max_steps * job.accumulate
         if job.collection is not None:
             steps /= job.collection.passes * (job.collection.rows // job.collection.minibatch)
             tokens = steps * per_step

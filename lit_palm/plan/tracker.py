@@ -40,9 +40,10 @@ COLLECTIVES = {
 
 
 def _adds_up(args: Any) -> bool:
-    one, other, *_ = (*args, None)
-    both = isinstance(one, Tensor) and isinstance(other, Tensor)
-    return both and one.shape == other.shape and one.dtype == other.dtype
+    one, other = args[:2]
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return False
+    return one.shape == other.shape and one.dtype == other.dtype
 
 
 class Tracker(TorchDispatchMode):
@@ -82,7 +83,7 @@ class Tracker(TorchDispatchMode):
                 self._change(storage, size)
             return result
 
-        torch.UntypedStorage.resize_ = counted  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = counted  # type: ignore[method-assign, assignment]
         propagate = self._propagate = ShardingPropagator._propagate_tensor_meta_non_cached
 
         def apart(*args: Any, **kwargs: Any) -> Any:
@@ -131,9 +132,8 @@ class Tracker(TorchDispatchMode):
             return
         storage = tensor.untyped_storage()
         if storage not in self._known:
-            self._known[storage] = (0, self.label)
-            weakref.finalize(storage, self._gone, cell := [0, self.label])
-            self._known[storage] = cell
+            cell = self._known[storage] = [0, self.label]
+            weakref.finalize(storage, self._gone, cell)
             self._change(storage, storage.nbytes())
 
     def _change(self, storage: torch.UntypedStorage, size: int) -> None:

@@ -25,6 +25,9 @@ ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_
 WIDE = "--model.network={class_path: PaLMConfig, init_args: {d_model: %d, num_layers: %d, num_heads: 8, head_dim: 64, vocab_size: %d, max_length: %d, activation_checkpointing: %s}}"  # noqa: E501
 
 
+SIZES = {"small": (256, 4, 16, 256), "large": (512, 8, 16, 512), "vocab": (256, 4, 8, 256)}
+
+
 @dataclass(frozen=True)
 class Measured:
     """Bytes: predicted and measured peak above the process before fit."""
@@ -46,12 +49,12 @@ def network(width: int, layers: int, vocab: int, length: int, recompute: bool) -
 def arguments(name: str, folder: Path) -> list[str]:
     """The arguments of `lit-palm fit` for a configuration: kind-size[-checkpointed][-bf16]."""
     kind, size, *rest = name.split("-")
-    width, layers, rows, length = {"small": (256, 4, 16, 256), "large": (512, 8, 16, 512), "vocab": (256, 4, 8, 256)}[size]
+    width, layers, rows, length = SIZES[size]
     vocab = 32000 if size == "vocab" else 1000
     net = network(width, layers, vocab, length, "checkpointed" in rest)
-    common = [net, "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.logger=false",
-              "--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false", "--trainer.max_steps=3",
-              "--trainer.enable_model_summary=false", "--trainer.limit_val_batches=0", "--trainer.gradient_clip_val=1.0"]  # fmt: skip
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    common = [net, "--trainer.accelerator=cpu", "--trainer.devices=1", *(f"--trainer.{name}=false" for name in quiet),
+              "--trainer.max_steps=3", "--trainer.limit_val_batches=0", "--trainer.gradient_clip_val=1.0"]  # fmt: skip
     if "bf16" in rest:
         common.append("--trainer.precision=bf16-mixed")
     if "accumulated" in rest:
@@ -70,7 +73,8 @@ def _pairs(folder: Path, rows: int, length: int) -> str:
         return letter * (length - 8)
 
     # prompts so short that sharing them between the answers does not pay
-    return write(folder, [{"prompt": f"{i % 10}", "chosen": answer("a"), "rejected": answer("b")} for i in range(4 * rows)])
+    answers = {"chosen": answer("a"), "rejected": answer("b")}
+    return write(folder, [{"prompt": f"{i % 10}", **answers} for i in range(4 * rows)])
 
 
 def _preferences(folder: Path, rows: int, length: int) -> list[str]:
@@ -131,25 +135,24 @@ def measure_here(name: str) -> Measured:
     import ctypes
 
     from lit_palm.cli import build_cli, parse_fit, prepare_process
-    from lit_palm.plan.passes import update
     from lit_palm.plan.planning import passes_of
-    from lit_palm.plan.reading import Wishes, read_job
+    from lit_palm.plan.reading import read_job
+    from lit_palm.plan.sizes import Wishes
 
     prepare_process()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LIT_PALM_CACHE"] = folder
         argv = arguments(name, Path(folder))
         config, module = parse_fit(argv)
-        job = read_job(module, config, Wishes(kernels="cpu"))
+        job = read_job(module, config, Wishes(kernels="host"))
         passes = passes_of(job)
         worst = max(passes.values(), key=lambda ledger: ledger.peak)
-        del module, config, update
+        del module, config
         sys.argv[1:] = ["fit", *argv]
         found: dict[str, int] = {}
 
         class CLI(build_cli()):  # type: ignore[misc]
             def before_fit(self) -> None:
-                self.trainer.fit_loop.setup_data  # noqa: B018
                 warm_up()
                 gc.collect()
                 ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -163,8 +166,7 @@ def measure_here(name: str) -> Measured:
 
         plugins.load_named(sys.argv[1:])
         CLI()
-    kinds = {k: v for k, v in worst.at_peak.items()}
-    return Measured(name, worst.peak, found["peak"] - found["before"], kinds)
+    return Measured(name, worst.peak, found["peak"] - found["before"], worst.at_peak)
 
 
 def warm_up() -> None:
