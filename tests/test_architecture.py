@@ -36,6 +36,7 @@ LEVELS = {
     "modules": 2,
     "callbacks": 3,
     "generate": 4,
+    "plan": 4,
     "scaffold": 4,
     "testing": 4,
     "cli": 5,

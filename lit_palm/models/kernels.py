@@ -15,6 +15,9 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["last_logits", "split_swiglu", "thin_linear"]
 
+PIECE = 2**18
+"""Numbers of SwiGLU's inner width that its backward pass takes at a time on a CPU."""
+
 
 def thin_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., I] times weight [O, I] transposed: `F.linear`, computed the other way round where that is quicker.
@@ -68,7 +71,7 @@ class _SplitSwiGLU(torch.autograd.Function):
         for part, grad in zip(out.split_with_sizes(sizes, -1), grads[:-1], strict=False):
             part.copy_(grad)
         # on a CPU go by pieces that stay in its cache; elsewhere every piece would be another kernel launch
-        rows = max(1, 2**18 // sizes[-1]) if fused.is_cpu else fused.numel()
+        rows = max(1, PIECE // sizes[-1]) if fused.is_cpu else fused.numel()
         pieces = (t.flatten(0, -2).split(rows) for t in (fused, out, grads[-1]))
         for values, to, grad in zip(*pieces, strict=True):
             *_, gate, up = values.split_with_sizes(sizes, -1)
