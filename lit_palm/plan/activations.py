@@ -83,6 +83,8 @@ def block_bytes(
     kept = n * d * c + n * fused * c + qk + out + hidden + 2 * n * r + 4 * n * heads
     if config.qk_norm != "none":  # the split copies q and k, and the norm's result is kept for its weight
         kept += 2 * qk
+    if precision.autocast and r < 4 and not cpu:
+        kept += n * d * 4  # autocast gives LayerNorm a float32 copy of x
     scores = 0.0
     if masked and precision.autocast:
         scores = rows * length * length * c  # each block casts the mask anew

@@ -8,7 +8,7 @@ state and the gradients of the step before), with a loss that the objective real
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -44,8 +44,11 @@ class DryRun:
     """Parameters that this rank holds, by network."""
 
 
+Spread = Callable[[nn.Module, Any, Job], None]
+
+
 def spread(network: nn.Module, mesh: Any, job: Job) -> None:
-    """Shard a network as the modules do."""
+    """Shard a network over a mesh as the modules do."""
     from lit_palm.modules.sharding import shard
 
     shard(network, mesh)
@@ -65,12 +68,13 @@ def fake_ranks(world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def dry_run(module: LitModule, job: Job) -> DryRun:
+def dry_run(module: LitModule, job: Job, spread: Spread = spread) -> DryRun:
     """Trace an optimiser step of a rank.
 
     Args:
         module: as the configuration makes it, without networks.
         job: its sizes.
+        spread: shards a network over a mesh, in place.
 
     Raises:
         ValueError: the strategy is none that can be traced.
@@ -78,7 +82,7 @@ def dry_run(module: LitModule, job: Job) -> DryRun:
     if job.sharding.kind == "fsdp1" or job.sharding.tensor > 1:
         raise ValueError("--dry-run traces one device, DDP and FSDP2 (ModelParallelStrategy): choose one of these")
     with fake_ranks(job.sharding.data), _kernels_of(job):
-        return _Tracing(module, job).run()
+        return _Tracing(module, job, spread).run()
 
 
 @contextmanager
@@ -97,8 +101,8 @@ def _kernels_of(job: Job) -> Iterator[None]:
 
 
 class _Tracing:
-    def __init__(self, module: LitModule, job: Job) -> None:
-        self.module, self.job = module, job
+    def __init__(self, module: LitModule, job: Job, spread: Spread) -> None:
+        self.module, self.job, self.spread = module, job, spread
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.tracker = Tracker(selected=job.targets)
 
@@ -118,11 +122,13 @@ class _Tracing:
             module.networks = nn.ModuleDict({name: self.build(shape) for name, shape in job.trained.items()})
             if mesh is not None:
                 for network in module.networks.values():
-                    spread(network, mesh, job)
+                    self.spread(network, mesh, job)
         frozen = {}
         for name, shape in job.frozen.items():
             with self.doing(name):
                 frozen[name] = self.build(shape).requires_grad_(False).eval()
+                if mesh is not None and job.sharding.frozen == "sharded":
+                    self.spread(frozen[name], mesh, job)
         if frozen:
             module.frozen = frozen  # type: ignore[assignment]
         with self.doing("optimiser"):

@@ -6,10 +6,11 @@ import dataclasses
 from typing import Any
 
 import pytest
+import torch
 
 from lit_palm.models.palm import PaLMConfig
 from lit_palm.modules import LitLanguageModel
-from lit_palm.plan.dry_run import dry_run
+from lit_palm.plan.dry_run import dry_run, spread
 from lit_palm.plan.job import Collection, Job, NetworkShape, Sharding
 from lit_palm.plan.optimizers import optimizer_cost
 from lit_palm.plan.passes import update
@@ -56,9 +57,9 @@ def job_of(kind: str, config: PaLMConfig, precision: str, sharding: Sharding, **
     return module, dataclasses.replace(job, **changes)
 
 
-def compare(module: Any, job: Job) -> tuple[float, dict[str, float]]:
+def compare(module: Any, job: Job, spread: Any = spread) -> tuple[float, dict[str, float]]:
     """The plan's peak over the dry run's, and the same of the bytes of every collective."""
-    dry = dry_run(module, job)
+    dry = dry_run(module, job, spread)
     planned = traffic(job)
     large = {kind: size for kind, size in dry.traffic.items() if size > 1000}  # not the norm's few numbers
     assert large.keys() == planned.keys()
@@ -90,6 +91,38 @@ def test_one_device_and_copies(kind: str) -> None:
 def test_accumulated_masked_with_a_large_vocabulary(sharding: Sharding) -> None:
     config = tall(vocab_size=50000, d_model=64)  # more targets than logits fit in one chunk
     memory, bytes_sent = compare(*job_of("lm", config, "32-true", sharding, accumulate=2, masked=True))
+    assert memory == pytest.approx(1, abs=0.15)
+    assert all(ratio == pytest.approx(1, abs=0.02) for ratio in bytes_sent.values())
+
+
+def cast(network: Any, mesh: Any, job: Job) -> None:
+    """FSDP2 that gathers weights in bfloat16 and sums gradients in float32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    trunk = getattr(network, "trunk", network)
+    for block in trunk.blocks():
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=job.sharding.reshard)
+    fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+@pytest.mark.parametrize("kind", ["lm", "dpo", "ppo"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_weights_gathered_in_bfloat16(kind: str, recompute: bool) -> None:
+    sharding = dataclasses.replace(FSDP, casts=True, frozen="sharded")
+    module, job = job_of(kind, tall(activation_checkpointing=recompute), "bf16-mixed", sharding, kernels="host")
+    job = dataclasses.replace(job, precision=dataclasses.replace(job.precision, residual=2))
+    dry = dry_run(module, job, cast)
+    assert update(job).peak / dry.peak == pytest.approx(1, abs=0.15)
+    assert traffic(job)["reduce_scatter"] == pytest.approx(dry.traffic["reduce_scatter"], rel=0.02)
+    assert traffic(job)["all_gather"] == pytest.approx(dry.traffic["all_gather"], rel=0.02)
+
+
+def test_weights_kept_between_forward_and_backward() -> None:
+    sharding = dataclasses.replace(FSDP, casts=True, reshard=False)
+    module, job = job_of("lm", tall(), "bf16-mixed", sharding, kernels="host")
+    job = dataclasses.replace(job, precision=dataclasses.replace(job.precision, residual=2))
+    memory, bytes_sent = compare(module, job, cast)
     assert memory == pytest.approx(1, abs=0.15)
     assert all(ratio == pytest.approx(1, abs=0.02) for ratio in bytes_sent.values())
 
