@@ -3,6 +3,7 @@
     lit-palm fit --config configs/demo/pretrain.yaml [--config overlay.yaml] [--model.objective=DPO] [--print_config]
     lit-palm generate --checkpoint runs/demo/ppo/last.ckpt --prompt "The film"
     lit-palm export runs/demo/ppo/last.ckpt folder
+    lit-palm consolidate runs/sharded/last.ckpt folder
     lit-palm plan --config configs/ppo.yaml --device a100-80gb --devices 64 [--dry-run] [--json]
     lit-palm plugins [--json | show NAME]
     lit-palm new-objective NAME [--kind offline|online]
@@ -31,6 +32,7 @@ __all__ = ["build_cli", "main", "prepare_process"]
 EXTRA_VERBS = {
     "generate": "Complete prompts with a checkpoint, streaming to the terminal.",
     "export": "Write a checkpoint's networks as safetensors with their configuration and tokeniser.",
+    "consolidate": "Put a folder of shards together: one safetensors file a network, or one checkpoint file.",
     "plan": "Say what a run needs on which devices: memory, time and cost, and what to change where it does not fit.",
     "plugins": "List objectives, rewards, networks and engines, and where they come from.",
     "new-objective": "Write a package with an objective of your own, which trains and passes its tests as it stands.",
@@ -68,6 +70,7 @@ def _advice(record: logging.LogRecord) -> bool:
 
 def build_cli() -> type[Any]:
     """The CLI class; a function, because importing Lightning takes seconds that `lit-palm plugins` need not pay."""
+    import yaml
     from jsonargparse import set_parsing_settings
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -125,10 +128,16 @@ def build_cli() -> type[Any]:
                 missing = [kind for kind in missing if kind not in callbacks.NEED_LOGGER]
             return super().instantiate_trainer(callbacks=[*present, *(kind() for kind in missing)], **kwargs)
 
+        def _plain_config(self, subcommand: str) -> dict[str, Any]:
+            """The resolved configuration, as checkpoints keep it."""
+            text = self._parser(subcommand).dump(self.config[subcommand], skip_none=False)
+            return dict(yaml.safe_load(text))
+
         def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
             kwargs = super()._prepare_subcommand_kwargs(subcommand)
             if "weights_only" in kwargs and kwargs["weights_only"] is None:
                 kwargs["weights_only"] = True
+            self.model.run_config = self._plain_config(subcommand)
             path = kwargs.get("ckpt_path")
             if path and path not in ("best", "last", "hpc", "registry"):
                 lit_palm.modules.read_checkpoint(path, header_only=True)  # or the reason why it cannot be resumed
@@ -230,12 +239,13 @@ def run(argv: Sequence[str]) -> int:
             return plan.main(argv[1:], parse_fit)
         from lit_palm import generate
 
-        return generate.main(argv[1:]) if verb == "generate" else generate.export_main(argv[1:])
+        mains = {"export": generate.export_main, "consolidate": generate.consolidate_main}
+        return mains.get(verb, generate.main)(argv[1:])
     if not argv or argv[0] in ("-h", "--help"):
         print("lit-palm also has:\n" + "\n".join(f"  {v:14} {text}" for v, text in EXTRA_VERBS.items()) + "\n")
     plugins.load_named(argv)
-    build_cli()()
-    return 0
+    cli = build_cli()()
+    return int(getattr(cli.trainer, "exit_status", 0))  # a callback that ended the run says so
 
 
 def main(argv: Sequence[str] | None = None) -> int:

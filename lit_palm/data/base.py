@@ -147,7 +147,7 @@ class TokenizedData(LightningDataModule, ABC):
         """The rows of a source."""
         return read_rows(source, split, limit=limit)
 
-    def fingerprint(self, source: str, split: str) -> str:
+    def identity(self, source: str, split: str) -> str:
         """Changes when the data of a source may have changed."""
         return source_fingerprint(source, split)
 
@@ -287,7 +287,7 @@ class TokenizedData(LightningDataModule, ABC):
         source, split, limit = self._source(stage)
         return {
             "kind": type(self).__qualname__,
-            "source": self.fingerprint(source, split),
+            "source": self.identity(source, split),
             "side": [stage, self.validation_fraction] if self._from_train(stage) else None,
             "limit": limit,
             "arguments": self.arguments(),

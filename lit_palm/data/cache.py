@@ -95,6 +95,15 @@ class Columns:
             self.arrays[name] = np.empty(0, kind) if empty else np.memmap(path, dtype=kind, mode="r")
         self.records = Records(folder / "records.jsonl")
 
+    def fingerprint(self) -> str:
+        """sha256 of the columns' names, lengths and a sample of their values: the same content, wherever it lies."""
+        digest = hashlib.sha256(f"{len(self.records)}".encode())
+        for name, array in sorted(self.arrays.items()):
+            digest.update(f"{name}{array.dtype}{array.shape}".encode())
+            for part in (array[:4096], array[:: max(len(array) // 4096, 1)], array[-4096:]):
+                digest.update(np.ascontiguousarray(part).tobytes())
+        return digest.hexdigest()
+
 
 class Records(Sequence[dict[str, Any]]):
     """The records of an entry, each read from the mapped file when it is asked for: ten million are 80 MB of offsets,
@@ -119,15 +128,6 @@ class Records(Sequence[dict[str, Any]]):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         return json.loads(self._bytes[self._offsets[index] : self._offsets[index + 1]].tobytes())
-
-    def fingerprint(self) -> str:
-        """sha256 of the columns' names, lengths and a sample of their values: the same content, wherever it lies."""
-        digest = hashlib.sha256(f"{len(self.records)}".encode())
-        for name, array in sorted(self.arrays.items()):
-            digest.update(f"{name}{array.dtype}{array.shape}".encode())
-            for part in (array[:4096], array[:: max(len(array) // 4096, 1)], array[-4096:]):
-                digest.update(np.ascontiguousarray(part).tobytes())
-        return digest.hexdigest()
 
 
 def cache_folder(cache_dir: str | None) -> Path:

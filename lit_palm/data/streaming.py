@@ -222,8 +222,8 @@ class StreamingTextData(TextData):
         rows = (Row(part.where(found.number), found.columns) for part in parts for found in part.read(0))
         yield from islice(rows, limit)
 
-    def fingerprint(self, source: str, split: str) -> str:
-        return f"{source}:{split}:{hub_identity(source)}" if is_hub(source) else super().fingerprint(source, split)
+    def identity(self, source: str, split: str) -> str:
+        return f"{source}:{split}:{hub_identity(source)}" if is_hub(source) else super().identity(source, split)
 
     # ---- training
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_palm.models.weights import Fresh, fill, fresh_seed, local
+from lit_palm.models.weights import Fresh, fill, fresh_seed, give_memory, local
 
 __all__ = ["Cache", "Head", "Network", "NetworkConfig", "ScalarNetwork"]
 
@@ -146,7 +146,10 @@ class ScalarNetwork(nn.Module):
             raise ValueError(f"pooling is {pooling!r}: choose last or mean")
         self.trunk = trunk
         self.pooling = pooling
-        self.head = nn.utils.skip_init(nn.Linear, trunk.config.d_model, 1, device=torch.get_default_device())
+        device = torch.get_default_device()
+        with torch.device("meta"):
+            self.head = nn.Linear(trunk.config.d_model, 1)
+        give_memory(self.head, device)
         self.register_buffer("offset", torch.zeros((), dtype=torch.float32))
         self.register_buffer("scale", torch.ones((), dtype=torch.float32))
         self.init_head()

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from lit_palm.models.base import Cache, Head, Network, NetworkConfig
 from lit_palm.models.cache import PaLMCache
 from lit_palm.models.kernels import split_swiglu, thin_linear
-from lit_palm.models.weights import Fresh, fill, fresh_seed, local
+from lit_palm.models.weights import Fresh, fill, fresh_seed, give_memory, local
 from lit_palm.types import has_float64
 
 __all__ = ["PaLM", "PaLMCache", "PaLMConfig"]
@@ -278,7 +278,7 @@ class PaLM(Network):
             self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
             self.norm = Norm(config.d_model, config.norm_eps)
         self._tables: tuple[Tensor, ...] = ()
-        self.to_empty(device=device)
+        give_memory(self, device)
         self.init_weights()
 
     def init_weights(self, seed: int | None = None) -> None:

@@ -16,10 +16,11 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-__all__ = ["Fresh", "Source", "fill", "fresh_seed", "local", "named_weights", "normal_rows"]
+__all__ = ["Fresh", "Source", "fill", "fresh_seed", "give_memory", "local", "named_weights", "normal_rows"]
 
 BLOCK = 2**20
 """Numbers drawn by one generator, about; part of what a seed means."""
@@ -101,9 +102,30 @@ def normal_rows(seed: int, name: str, shape: Sequence[int], std: float, start: i
     return rows.mul_(std)
 
 
+def give_memory(network: nn.Module, device: torch.device, only: Collection[str] | None = None) -> list[str]:
+    """Put weights that are on the meta device on another one, uninitialised.
+
+    Args:
+        network: in place.
+        device: gets them.
+        only: names of those that are wanted; None: all.
+
+    Returns:
+        The names of those that were given memory.
+    """
+    found = [name for name, tensor in named_weights(network) if tensor.is_meta and (only is None or name in only)]
+    for name in found:
+        path, _, own = name.rpartition(".")
+        module = network.get_submodule(path)
+        old = getattr(module, own)
+        new: Tensor = torch.empty_like(old, device=device)
+        setattr(module, own, nn.Parameter(new, requires_grad=old.requires_grad) if own in module._parameters else new)
+    return found
+
+
 @torch.no_grad()
 def fill(network: nn.Module, source: Source, only: Collection[str] | None = None) -> None:
-    """Copy into a network the rows that it holds; weights on the meta device are passed over.
+    """Copy into a network the rows that it holds; weights without memory (meta, fake) are passed over.
 
     A module may say in `origins` that a weight of its own is a part of another one: {own: (name there, first row)}.
 
@@ -117,7 +139,7 @@ def fill(network: nn.Module, source: Source, only: Collection[str] | None = None
             continue
         where, first = _origin(network, name)
         part, place = _own_part(tensor)
-        if part.is_meta or part.numel() == 0:
+        if part.is_meta or isinstance(part, FakeTensor) or part.numel() == 0:
             continue
         if part.dim() == 0:
             part.copy_(source.rows(where, 0, 1).reshape(()))

@@ -37,7 +37,7 @@ from lit_palm.modules.weights import Blueprint
 from lit_palm.parallel import sharded, tensor
 from lit_palm.parallel.lockstep import LockStep
 
-__all__ = ["Layout", "Sharding", "check_strategy"]
+__all__ = ["Layout", "Sharding", "check_strategy", "fsdp_options"]
 
 Frozen = Literal["sharded", "offloaded", "whole"]
 Gather = Literal["auto", "whole", "layers"]
@@ -103,6 +103,31 @@ def check_strategy(strategy: Strategy, sharding: Sharding | None = None) -> None
             "trainer.strategy: FSDPStrategy with use_orig_params: false leaves one flat parameter, whose matrices and "
             "vectors cannot be told apart: leave it out"
         )
+
+
+def fsdp_options(mesh: Any, sharding: Sharding, precision: str, offload: bool = False) -> dict[str, Any]:
+    """The options of `fully_shard`.
+
+    Args:
+        mesh: to shard over; of two dimensions, replicated over the first.
+        sharding: the user's choices.
+        precision: of the Trainer.
+        offload: parameters stay on the host between their uses.
+    """
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+
+    dtype = sharding.param_dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if precision == "bf16-mixed" else "float32"
+    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": sharding.reshard_after_forward}
+    if dtype != "float32":
+        # inputs stay as they are: the rotary tables must not be rounded
+        options["mp_policy"] = MixedPrecisionPolicy(
+            param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.accelerator.is_available())
+    return options
 
 
 class Layout:
@@ -198,7 +223,9 @@ class Layout:
             return sharded.wrap(network, self._wrapper(offload), source, self.device)
         if self._mesh["tensor_parallel"].size() > 1:
             tensor.parallelize(network, self._mesh["tensor_parallel"])
-        sharded.shard(network, **self._fsdp_options(offload))
+        names = self._mesh.mesh_dim_names
+        mesh = self._mesh["replicate", "shard"] if "replicate" in names else self._mesh["data_parallel"]
+        sharded.shard(network, **fsdp_options(mesh, self.sharding, self.precision, offload))
         if blueprint.in_parts:
             network.to_empty(device=_host() if offload else self.device)
             fill(network, source)
@@ -215,26 +242,6 @@ class Layout:
         sizes = (self.size // across, across, mesh["tensor_parallel"].size())
         names = ("replicate", "shard", "tensor_parallel")
         return dist.device_mesh.init_device_mesh(self.device.type, sizes, mesh_dim_names=names)
-
-    def _fsdp_options(self, offload: bool) -> dict[str, Any]:
-        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
-
-        names = self._mesh.mesh_dim_names
-        dtype = self.sharding.param_dtype
-        if dtype == "auto":
-            dtype = "bfloat16" if self.precision == "bf16-mixed" else "float32"
-        options: dict[str, Any] = {
-            "mesh": self._mesh["replicate", "shard"] if "replicate" in names else self._mesh["data_parallel"],
-            "reshard_after_forward": self.sharding.reshard_after_forward,
-        }
-        if dtype != "float32":
-            # inputs stay as they are: the rotary tables must not be rounded
-            options["mp_policy"] = MixedPrecisionPolicy(
-                param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32, cast_forward_inputs=False
-            )
-        if offload:
-            options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.accelerator.is_available())
-        return options
 
     def _wrapper(self, offload: bool) -> Callable[[nn.Module], nn.Module]:
         """What Lightning's FSDPStrategy would wrap a module in, inside `configure_model`."""

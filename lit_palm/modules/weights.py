@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor
 
 from lit_palm.models.base import Network, NetworkConfig, ScalarNetwork
-from lit_palm.models.weights import Fresh, Source, fill, fresh_seed, named_weights
+from lit_palm.models.weights import Fresh, Source, fill, fresh_seed, give_memory, named_weights
 from lit_palm.modules.checkpoint import Role, config_from_dict, read_checkpoint
 from lit_palm.modules.layouts import open_weights
 from lit_palm.parallel.sharded import clean_name
@@ -147,7 +147,7 @@ class Blueprint:
         device = torch.get_default_device()
         with torch.device("meta"):
             network = self.structure()
-        network.to_empty(device=device)
+        give_memory(network, device)
         fill(network, source)
         return network
 

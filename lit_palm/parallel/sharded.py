@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor, Replicate
 
 from lit_palm.models.base import Network, ScalarNetwork
-from lit_palm.models.weights import Source, fill, local, named_weights
+from lit_palm.models.weights import Source, fill, give_memory, local, named_weights
 
 __all__ = [
     "bare",
@@ -96,13 +96,8 @@ def wrap(network: nn.Module, wrapper: Wrapper, source: Source, device: torch.dev
 
 def _materialize(network: nn.Module, prefix: str, source: Source, device: torch.device) -> None:
     """Give what is on the meta device below a prefix memory, and its weights."""
-    found = [name for name, tensor in named_weights(network) if tensor.is_meta and name.startswith(prefix)]
-    for name in found:
-        path, _, own = name.rpartition(".")
-        module = network.get_submodule(path)
-        old = getattr(module, own)
-        new: Tensor = torch.empty_like(old, device=device)
-        setattr(module, own, nn.Parameter(new, requires_grad=old.requires_grad) if own in module._parameters else new)
+    names = {name for name, _ in named_weights(network) if name.startswith(prefix)}
+    found = give_memory(network, device, only=names)
     fill(network, source, only=found)
 
 

@@ -1,8 +1,8 @@
 """Bytes that a PaLM's forward and backward pass hold, read off the autograd graph of `lit_palm/models/palm.py`.
 
 Symbols: n tokens of a micro-batch, B rows of T tokens, D width, F width of a block's fused input product, I inner width
-of its feed-forward, H heads and K key/value heads of width Q; r, c bytes of a residual and of a product's input. A block
-keeps for its backward pass
+of its feed-forward, H heads and K key/value heads of width Q; r, c bytes of a residual and of a product's input. A
+block keeps for its backward pass
 
     x       n D r           the residual, which LayerNorm keeps (with mean and deviation, 2 n r)
     h       n D c           the normed input, which the fused product keeps
@@ -83,6 +83,8 @@ def block_bytes(
     kept = n * d * c + n * fused * c + qk + out + hidden + 2 * n * r + 4 * n * heads
     if config.qk_norm != "none":  # the split copies q and k, and the norm's result is kept for its weight
         kept += 2 * qk
+    if precision.autocast and r < 4 and not cpu:
+        kept += n * d * 4  # autocast gives LayerNorm a float32 copy of x
     scores = 0.0
     if masked and precision.autocast:
         scores = rows * length * length * c  # each block casts the mask anew

@@ -44,11 +44,13 @@ class DryRun:
     """Parameters that this rank holds, by network."""
 
 
-def spread(network: nn.Module, mesh: Any, job: Job) -> None:
-    """Shard a network as the modules do."""
-    from lit_palm.modules.sharding import shard
+def spread(network: nn.Module, mesh: Any, module: LitModule, job: Job) -> None:
+    """Shard a network over a mesh as the modules do."""
+    from lit_palm.modules.sharding import fsdp_options
+    from lit_palm.parallel.sharded import shard
 
-    shard(network, mesh)
+    precision = "bf16-mixed" if job.precision.autocast else "32-true"
+    shard(network, **fsdp_options(mesh, module.sharding, precision))
 
 
 @contextmanager
@@ -109,20 +111,24 @@ class _Tracing:
 
     def run(self) -> DryRun:
         job, module = self.job, self.module
+        from lit_palm.modules.spread import Networks  # which imports Lightning
+
         mesh = None
         if job.sharding.sharded:
             from torch.distributed.device_mesh import init_device_mesh
 
             mesh = init_device_mesh(_here(), (job.sharding.data,))
         with self.doing("weights"):
-            module.networks = nn.ModuleDict({name: self.build(shape) for name, shape in job.trained.items()})
+            module.networks = Networks({name: self.build(shape) for name, shape in job.trained.items()})
             if mesh is not None:
                 for network in module.networks.values():
-                    spread(network, mesh, job)
+                    spread(network, mesh, module, job)
         frozen = {}
         for name, shape in job.frozen.items():
             with self.doing(name):
                 frozen[name] = self.build(shape).requires_grad_(False).eval()
+                if mesh is not None and job.sharding.frozen == "sharded":
+                    spread(frozen[name], mesh, module, job)
         if frozen:
             module.frozen = frozen  # type: ignore[assignment]
         with self.doing("optimiser"):

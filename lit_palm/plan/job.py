@@ -140,9 +140,16 @@ class Sharding:
     offload: bool = False
     """Weights, gradients and optimiser state live on the host between uses."""
     casts: bool = False
-    """Weights are gathered in the compute type, so that autocast finds nothing to cast."""
-    rollout: Literal["gathered", "layerwise"] = "gathered"
+    """Weights are gathered in the compute type, so that autocast finds nothing to cast, and gradients summed in
+    float32."""
+    gather: Literal["auto", "whole", "layers"] = "whole"
+    """Weights of the policy while it samples; `auto`: whole where twice their bytes fit into what is free."""
+    gathers_all: bool = True
+    """While the policy samples with whole weights, the other trained networks are whole too."""
     frozen: Literal["whole", "sharded", "offloaded"] = "whole"
+    """The reference and reward models between their uses."""
+    reshard: bool = True
+    """Blocks are freed after their forward pass and gathered again for their backward pass."""
 
     @property
     def sharded(self) -> bool:
@@ -198,6 +205,8 @@ class Job:
     collection: Collection | None = None
     kernels: Literal["accelerator", "host"] = "accelerator"
     max_steps: int = -1
+    usable: float = float("inf")
+    """Bytes of a device, where the run decides by what is free."""
 
     @property
     def local_parameters(self) -> dict[str, float]:

@@ -66,30 +66,24 @@ def rollout(job: Job) -> Ledger:
     distinct = -(-rows // collection.completions)
     shape = job.trained["policy"]
     slots = collection.prompt_length + collection.new_tokens
-    config, common = shape.config, 0.0
-    ledger.hold(GRADIENTS, _all_gradients(job))
-    whole = 0.0
-    if job.sharding.sharded and job.sharding.rollout == "gathered":
-        # all trained networks stay whole during a collection
-        whole = sum(map(job.whole, job.trained.values())) * walk.gather_bytes
-        ledger.hold(BUFFERS, whole)
-        ledger.touch(BUFFERS, max(max(s.root, job.block_part(s)) for s in job.trained.values()) * walk.gather_bytes)
-    if walk.autocasts:
-        ledger.hold(ACTIVATIONS, 2.0 * sum(job.whole(s) for s in job.trained.values()))
+    config = shape.config
+    _collecting(walk)
     kv_heads = max(1, config.num_kv_heads / job.sharding.tensor)
     layer = 2 * rows * slots * kv_heads * config.head_dim * job.precision.compute
     block = walk.block(shape, distinct, collection.prompt_length)
     common = network_bytes(shape, job.precision, distinct, collection.prompt_length)
     ledger.hold(CACHE, layer * config.num_layers * distinct / rows)
     with ledger.during(ACTIVATIONS, common + 2 * block.residual):
-        gathering = job.block_part(shape) * walk.gather_bytes * 2 if whole == 0 and job.sharding.sharded else 0
-        ledger.touch(ACTIVATIONS, block.forward + gathering)
+        unit = walk.gathered_size("policy", job.block_part(shape))
+        with ledger.during(BUFFERS, walk.gathered_size("policy", shape.root) + 2 * unit):
+            ledger.touch(ACTIVATIONS, block.forward)
     ledger.hold(CACHE, layer * config.num_layers * (1 - distinct / rows))
     # choosing rows copies all layers before the old ones go
     if distinct < rows:
         ledger.touch(CACHE, layer * config.num_layers * distinct / rows)
     ledger.touch(CACHE, layer * config.num_layers / 2)
-    ledger.touch(LOGITS, rows * shape.vocab * 4 * 3)
+    with ledger.during(BUFFERS, walk.gathered_size("policy", shape.root)):
+        ledger.touch(LOGITS, rows * shape.vocab * 4 * 3)
     return ledger
 
 
@@ -100,19 +94,31 @@ def annotate(job: Job) -> Ledger:
     assert collection is not None, "a run without rollouts annotates nothing"
     length = collection.prompt_length + collection.new_tokens
     rows = min(collection.batch_size, -(-collection.rows // job.sharding.data))
-    ledger.hold(GRADIENTS, _all_gradients(job))
-    if job.sharding.sharded and job.sharding.rollout == "gathered":
-        ledger.hold(BUFFERS, sum(map(job.whole, job.trained.values())) * walk.gather_bytes)
-    if walk.autocasts:
-        ledger.hold(ACTIVATIONS, 2.0 * sum(job.whole(s) for s in job.trained.values()))
+    _collecting(walk)
     for name, shape in {**job.trained, **job.frozen}.items():
         targets = 0 if shape.scalar else rows * collection.new_tokens
         count = min(collection.reward_batch, rows) if name.startswith("reward/") else rows
-        with ledger.during(name, job.whole(shape) * job.precision.weight if _fetched(job, name) else 0.0):
-            gathered = walk.sharded(name) and name in job.trained and job.sharding.rollout == "gathered"
-            walk.forward_without_grad("" if gathered else name, shape, count, length, targets)
+        walk.forward_without_grad(name, shape, count, length, targets)
     return ledger
 
 
-def _fetched(job: Job, name: str) -> bool:
-    return name in job.frozen and job.sharding.frozen == "offloaded"
+def _collecting(walk: Walk) -> None:
+    """What is on the device all through a collection: gradients of the last step, whole weights, autocast's casts."""
+    job, ledger = walk.job, walk.ledger
+    ledger.hold(GRADIENTS, _all_gradients(job))
+    if not job.sharding.sharded and job.sharding.frozen == "offloaded":
+        for name, shape in job.frozen.items():
+            ledger.hold(name, job.whole(shape) * job.precision.weight)
+    if walk.autocasts:
+        ledger.hold(ACTIVATIONS, 2.0 * sum(job.whole(shape) for shape in job.trained.values()))
+    if not job.sharding.sharded or job.sharding.gather == "layers":
+        return
+    names = list(job.trained) if job.sharding.gathers_all else ["policy"]
+    if job.sharding.gather == "auto":
+        whole = job.whole(job.trained["policy"]) * job.precision.weight
+        if 2 * whole > job.usable - ledger.total:
+            return
+    largest = max(max(job.trained[name].root, job.block_part(job.trained[name])) for name in names)
+    ledger.hold(BUFFERS, sum(job.whole(job.trained[name]) for name in names) * walk.gather_bytes)
+    ledger.touch(BUFFERS, largest * walk.gather_bytes)
+    walk.whole |= set(names)

@@ -68,6 +68,7 @@ def passes_of(job: Job) -> dict[str, Ledger]:
 
 def make_plan(job: Job, device: Device, utilisation: float = 0.4, tokens: float | None = None) -> Plan:
     """Plan a job; where it does not fit, try changes one by one and then together, each by planning again."""
+    job = dataclasses.replace(job, usable=float(device.usable))
     plan = Plan(job, device, utilisation, passes_of(job), speed_of(job, device, utilisation, tokens), traffic(job))
     if not plan.fits:
         plan.changes.extend(_advice(job, device))
@@ -129,7 +130,7 @@ def _candidates(job: Job) -> Iterator[Candidate]:
     if job.sharding.sharded or job.devices > 1:
         yield "frozen networks sharded too (model.sharding.frozen: sharded)", _frozen("sharded")
     if job.collection is not None:
-        yield "weights gathered layer by layer while sampling (model.sharding.rollout: layerwise)", _layerwise
+        yield "weights gathered layer by layer while sampling (model.sharding.gather: layers)", _layerwise
         yield "frozen networks on the host between uses (model.sharding.frozen: offloaded)", _frozen("offloaded")
     yield "weights and optimiser state on the host (model.sharding.offload: true), which is slow", _offload
     for factor in (2, 4, 8, 16, 64):
@@ -225,8 +226,8 @@ def _frozen(how: str) -> Callable[[Job], Job | None]:
 
 
 def _layerwise(job: Job) -> Job | None:
-    usable = job.sharding.sharded and job.sharding.rollout == "gathered" and _options_exist()
-    return _with(job, rollout="layerwise") if usable else None
+    usable = job.sharding.sharded and job.sharding.gather != "layers" and _options_exist()
+    return _with(job, gather="layers") if usable else None
 
 
 def _offload(job: Job) -> Job | None:

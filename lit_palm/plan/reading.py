@@ -44,6 +44,8 @@ def read_job(module: LitModule, config: Any, wishes: Wishes) -> Job:
     """
     precision = _precision(config.trainer.get("precision"))
     sharding = _sharding(module, config.trainer, wishes.devices)
+    if sharding.casts:  # what the embedding gives has its type
+        precision = dataclasses.replace(precision, residual=precision.compute)
     main = _main_config(module, config, wishes)
     trained, frozen = _networks(module, main, wishes)
     needs = frozenset(map(str, module.objective.needs))
@@ -85,7 +87,11 @@ def _sharding(module: LitModule, trainer: Any, devices: int) -> Sharding:
     """How the strategy spreads weights over the devices; `model.sharding` refines it where the module has it."""
     name, options = class_of(trainer.get("strategy"))
     own = getattr(module, "sharding", None)
-    wanted = {key: getattr(own, key) for key in ("offload", "rollout", "frozen") if getattr(own, key, None) is not None}
+    wanted: dict[str, Any] = {}
+    if own is not None:  # the modules' own defaults
+        given = {"gather": "auto", "frozen": "sharded", "offload": False, "reshard_after_forward": True}
+        wanted = {key: getattr(own, key, default) for key, default in given.items()}
+        wanted |= {"reshard": wanted.pop("reshard_after_forward"), "gathers_all": False}
     if name.startswith("ModelParallelStrategy"):
         tensor = options.get("tensor_parallel_size", "auto")
         tensor = 1 if tensor == "auto" else int(tensor)
@@ -100,10 +106,10 @@ def _sharding(module: LitModule, trainer: Any, devices: int) -> Sharding:
         shard = int(getattr(own, "shard_size", None) or data)
         if data % shard:
             raise ValueError(f"model.sharding.shard_size {shard} must divide the data parallel size {data}")
-        return Sharding("fsdp2", data, tensor, shard, casts=_casts(), **wanted)
+        return Sharding("fsdp2", data, tensor, shard, casts=_casts(own, trainer), **wanted)
     if name.startswith(("FSDPStrategy", "fsdp")):
         offload = bool(options.get("cpu_offload") or "offload" in name)
-        return Sharding("fsdp1", devices, 1, devices, casts=True, **{"offload": offload, **wanted})
+        return Sharding("fsdp1", devices, 1, devices, **{**wanted, "offload": offload})
     if devices == 1:
         return Sharding()
     if name in ("auto", "DDPStrategy") or name.startswith("ddp"):
@@ -113,14 +119,11 @@ def _sharding(module: LitModule, trainer: Any, devices: int) -> Sharding:
     )
 
 
-def _casts() -> bool:
-    """Whether the modules gather weights in the compute type (their sharding takes a precision)."""
-    import inspect
-
-    from lit_palm.modules import sharding
-
-    spread = getattr(sharding, "parallelize", None)
-    return spread is not None and "precision" in inspect.signature(spread).parameters
+def _casts(own: Any, trainer: Any) -> bool:
+    """Whether weights are gathered in the compute type, as the modules' `sharding.param_dtype` says."""
+    wanted = getattr(own, "param_dtype", "float32")
+    mixed = _precision(trainer.get("precision")).autocast
+    return mixed and (wanted == "auto" or wanted not in ("float32", "auto"))
 
 
 # ---------------------------------------------------------------------------------------------- networks

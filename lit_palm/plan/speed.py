@@ -110,8 +110,9 @@ def speed_of(job: Job, device: Device, utilisation: float, tokens: float | None)
 def traffic(job: Job) -> dict[str, float]:
     """Bytes that a device communicates in an optimiser step, by collective: the whole of what is gathered or reduced.
 
-    FSDP2 gathers every unit before its forward and again before its backward pass, and reduces its gradients after it,
-    for each micro-batch; hybrid sharding then sums shards over the copies. DDP sums all gradients. Tensor parallelism
+    FSDP2 gathers every unit before its forward and again before its backward pass (blocks once, where they are not
+    freed between), and reduces its gradients after it, for each micro-batch; a reference that is sharded is gathered
+    for its forward pass. Hybrid sharding then sums shards over the copies. DDP sums all gradients. Tensor parallelism
     sums the output of a block and the gradient of its input.
     """
     found = {"all_gather": 0.0, "reduce_scatter": 0.0, "all_reduce": 0.0}
@@ -121,7 +122,8 @@ def traffic(job: Job) -> dict[str, float]:
     for shape in job.trained.values():
         whole = job.whole(shape)
         if sharding.sharded and sharding.shard > 1:
-            found["all_gather"] += 2 * whole * gather * job.accumulate
+            twice = whole if sharding.reshard else shape.root
+            found["all_gather"] += (whole + twice) * gather * job.accumulate
             found["reduce_scatter"] += whole * reduce * job.accumulate
             if sharding.shard < sharding.data:
                 found["all_reduce"] += whole / sharding.shard * reduce * job.accumulate
@@ -130,4 +132,7 @@ def traffic(job: Job) -> dict[str, float]:
         if sharding.tensor > 1:
             block = job.rows * job.length * shape.config.d_model * job.precision.compute
             found["all_reduce"] += 2 * shape.config.num_layers * block * job.accumulate
+    offline = "reference" in job.needs and job.collection is None and "reference" in job.frozen
+    if offline and sharding.sharded and sharding.frozen != "whole" and sharding.shard > 1:
+        found["all_gather"] += job.whole(job.frozen["reference"]) * gather * job.accumulate
     return {kind: size for kind, size in found.items() if size}

@@ -30,7 +30,7 @@ def static_bytes(job: Job) -> dict[str, float]:
 
 def frozen_bytes(job: Job, shape: NetworkShape) -> float:
     """Bytes of a frozen network between its uses."""
-    if job.sharding.frozen == "offloaded":
+    if job.sharding.frozen == "offloaded" and (job.sharding.sharded or job.collection is not None):
         return 0.0
     parts = job.sharding.shard if job.sharding.frozen == "sharded" and job.sharding.sharded else 1
     return job.whole(shape) * job.precision.weight / parts
@@ -46,6 +46,8 @@ class Walk:
         self.reduce_bytes = max(job.precision.weight, 4) if job.sharding.casts else job.precision.weight
         # bytes of a gradient before it is reduced
         self.gradient_bytes = job.precision.compute if job.sharding.casts else job.precision.weight
+        # sharded networks that have been gathered as a whole
+        self.whole: set[str] = set()
         self.behind = self.ahead = self.waiting = 0.0
         # casts that nothing needs, which autocast remembers until the forward pass of the whole step is over
         self.cached = 0.0
@@ -78,7 +80,9 @@ class Walk:
 
     def sharded(self, name: str) -> bool:
         job = self.job
-        return job.sharding.sharded and (name in job.trained or job.sharding.frozen == "sharded")
+        if name in self.whole:
+            return False
+        return job.sharding.sharded and (name in job.trained or job.sharding.frozen != "whole")
 
     def gather(self, name: str, parameters: float) -> None:
         """A unit's weights for its forward pass: the buffer of the all-gather, and the copies that the unit computes
@@ -108,7 +112,7 @@ class Walk:
         size = self.gathered_size(name, parameters)
         self.ledger.hold(BUFFERS, size)
         self.ledger.free(BUFFERS, self.ahead)
-        self.prefetch(name, following)
+        self.prefetch(name, following if self.job.sharding.reshard else 0.0)
 
     def reduce(self, name: str, parameters: float) -> None:
         """A unit's gradients are copied into one buffer, which lives until the next unit's is reduced, and summed
@@ -166,7 +170,8 @@ class Walk:
                 ledger.hold(ACTIVATIONS, block.saved)
                 ledger.touch(ACTIVATIONS, block.forward_end)
                 ledger.hold(ACTIVATIONS, block.residual)
-            self.release(name, part)
+            if job.sharding.reshard:
+                self.release(name, part)
         with ledger.during(ACTIVATIONS, block.residual):  # the last norm's result
             self._head_forward(shape, targets)
         self.release(name, shape.root)
@@ -192,7 +197,8 @@ class Walk:
         self.gather_again(name, shape.root, part)
         self._head_backward(name, shape, targets, block)
         for left in reversed(range(shape.config.num_layers)):
-            self.gather_again(name, part, part if left else 0.0)
+            if job.sharding.reshard:
+                self.gather_again(name, part, part if left else 0.0)
             self._block_backward(name, shape, block, part)
         # the embedding's own gradient, added to the one that came through the logits
         ledger.touch(GRADIENTS, shape.embedding * self.gradient_bytes)

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from lit_palm import modules
 from lit_palm.models.palm import PaLMConfig
 from lit_palm.modules import LitLanguageModel
-from lit_palm.plan.dry_run import dry_run
+from lit_palm.plan.dry_run import DryRun, dry_run
 from lit_palm.plan.job import Collection, Job, NetworkShape, Sharding
 from lit_palm.plan.optimizers import optimizer_cost
 from lit_palm.plan.passes import update
@@ -56,9 +57,16 @@ def job_of(kind: str, config: PaLMConfig, precision: str, sharding: Sharding, **
     return module, dataclasses.replace(job, **changes)
 
 
+def traced(module: Any, job: Job) -> DryRun:
+    """The dry run of a module that shards as the job says."""
+    dtype: Any = "auto" if job.sharding.casts else "float32"
+    module.sharding = modules.Sharding(param_dtype=dtype, reshard_after_forward=job.sharding.reshard)
+    return dry_run(module, job)
+
+
 def compare(module: Any, job: Job) -> tuple[float, dict[str, float]]:
     """The plan's peak over the dry run's, and the same of the bytes of every collective."""
-    dry = dry_run(module, job)
+    dry = traced(module, job)
     planned = traffic(job)
     large = {kind: size for kind, size in dry.traffic.items() if size > 1000}  # not the norm's few numbers
     assert large.keys() == planned.keys()
@@ -90,6 +98,27 @@ def test_one_device_and_copies(kind: str) -> None:
 def test_accumulated_masked_with_a_large_vocabulary(sharding: Sharding) -> None:
     config = tall(vocab_size=50000, d_model=64)  # more targets than logits fit in one chunk
     memory, bytes_sent = compare(*job_of("lm", config, "32-true", sharding, accumulate=2, masked=True))
+    assert memory == pytest.approx(1, abs=0.15)
+    assert all(ratio == pytest.approx(1, abs=0.02) for ratio in bytes_sent.values())
+
+
+@pytest.mark.parametrize("kind", ["lm", "dpo", "ppo"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_weights_gathered_in_bfloat16(kind: str, recompute: bool) -> None:
+    sharding = dataclasses.replace(FSDP, casts=True, frozen="sharded")
+    module, job = job_of(kind, tall(activation_checkpointing=recompute), "bf16-mixed", sharding, kernels="host")
+    job = dataclasses.replace(job, precision=dataclasses.replace(job.precision, residual=2))
+    dry = traced(module, job)
+    assert update(job).peak / dry.peak == pytest.approx(1, abs=0.15)
+    assert traffic(job)["reduce_scatter"] == pytest.approx(dry.traffic["reduce_scatter"], rel=0.02)
+    assert traffic(job)["all_gather"] == pytest.approx(dry.traffic["all_gather"], rel=0.02)
+
+
+def test_weights_kept_between_forward_and_backward() -> None:
+    sharding = dataclasses.replace(FSDP, casts=True, reshard=False)
+    module, job = job_of("lm", tall(), "bf16-mixed", sharding, kernels="host")
+    job = dataclasses.replace(job, precision=dataclasses.replace(job.precision, residual=2))
+    memory, bytes_sent = compare(module, job)
     assert memory == pytest.approx(1, abs=0.15)
     assert all(ratio == pytest.approx(1, abs=0.02) for ratio in bytes_sent.values())
 
