@@ -15,18 +15,21 @@ class Ledger:
     Attributes:
         peak: the most bytes alive at once.
         at_peak: what they were, by kind.
+        largest: the most bytes of each kind, whenever that was.
     """
 
     def __init__(self, start: Mapping[str, float] | None = None) -> None:
         self.live: Counter[str] = Counter()
         self.peak = 0.0
         self.at_peak: dict[str, float] = {}
+        self.largest: dict[str, float] = {}
         for kind, size in (start or {}).items():
             self.hold(kind, size)
 
     def hold(self, kind: str, size: float) -> None:
         """Allocate."""
         self.live[kind] += size  # type: ignore[assignment]
+        self.largest[kind] = max(self.largest.get(kind, 0.0), float(self.live[kind]))
         total = self.total
         if total > self.peak:
             self.peak, self.at_peak = total, {k: float(v) for k, v in self.live.items() if v > 0}

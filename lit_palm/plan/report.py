@@ -32,7 +32,11 @@ def as_record(plan: Plan, notes: list[str], dry: DryRun | None = None) -> dict[s
         "parameters": {**plan.parameters, "total": sum(plan.parameters.values())},
         "trained_parameters": sum(shape.parameters for shape in job.trained.values()),
         "memory": {
-            name: {"peak": round(ledger.peak), "by_kind": {k: round(v) for k, v in ledger.at_peak.items() if v >= 1}}
+            name: {
+                "peak": round(ledger.peak),
+                "by_kind": {k: round(v) for k, v in ledger.at_peak.items() if v >= 1},
+                "largest": {k: round(v) for k, v in ledger.largest.items() if v >= 1},
+            }
             for name, ledger in plan.passes.items()
         },
         "peak": round(plan.peak),
@@ -112,7 +116,11 @@ def _memory(plan: Plan) -> str:
     for kind in (*[k for k in ORDER if k in kinds], *middle, *[k for k in LAST if k in kinds]):
         rows.append([kind, *(_gib(ledger.at_peak.get(kind, 0)) for ledger in plan.passes.values())])
     rows.append(["peak", *(_gib(ledger.peak) for ledger in plan.passes.values())])
-    return "Memory of a device at the peak of each pass, GiB\n" + _table(rows, "l" + "r" * len(plan.passes))
+    table = "Memory of a device at the peak of each pass, GiB\n" + _table(rows, "l" + "r" * len(plan.passes))
+    cache = max(ledger.largest.get("KV cache", 0) for ledger in plan.passes.values())
+    if cache and "KV cache" not in kinds:
+        table += f"\n  (the KV cache, up to {_gib(cache)}, is not alive at these moments)"
+    return table
 
 
 def _verdict(plan: Plan) -> str:
