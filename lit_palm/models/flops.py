@@ -1,8 +1,8 @@
 """Parameters and floating-point operations of a transformer, as pure functions of its shape.
 
-A matrix product with N weights takes 2N operations a token forward and 4N backward. Attention adds, for each of L layers
-with H heads of width Q over T tokens, 4HQT forward and 8HQT backward, which leaves causality out as the PaLM paper does
-(Chowdhery et al. 2022, appendix B), so that figures compare:
+A matrix product with N weights takes 2N operations a token forward and 4N backward. Attention adds, for each of L
+layers with H heads of width Q over T tokens, 4HQT forward and 8HQT backward, which leaves causality out as the PaLM
+paper does (Chowdhery et al. 2022, appendix B), so that figures compare:
 
     flops a token = 6N + 12 L H Q T
 """

@@ -111,8 +111,8 @@ def traffic(job: Job) -> dict[str, float]:
     """Bytes that a device communicates in an optimiser step, by collective: the whole of what is gathered or reduced.
 
     FSDP2 gathers every unit before its forward and again before its backward pass (blocks once, where they are not
-    freed between), and reduces its gradients after it, for each micro-batch; a reference that is sharded is gathered for
-    its forward pass. Hybrid sharding then sums shards over the copies. DDP sums all gradients. Tensor parallelism
+    freed between), and reduces its gradients after it, for each micro-batch; a reference that is sharded is gathered
+    for its forward pass. Hybrid sharding then sums shards over the copies. DDP sums all gradients. Tensor parallelism
     sums the output of a block and the gradient of its input.
     """
     found = {"all_gather": 0.0, "reduce_scatter": 0.0, "all_reduce": 0.0}

@@ -62,8 +62,6 @@ def test_json_of_ppo(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(found["memory"]) == {"update", "rollout", "annotate"}
     for part in found["memory"].values():
         assert part["peak"] == pytest.approx(sum(part["by_kind"].values()), rel=1e-6)
-    # a slot of a row: keys and values of 32 layers, one head of 256, two bytes each
-    assert found["memory"]["rollout"]["by_kind"]["KV cache"] == pytest.approx(4 * 640 * 32 * 256 * 2 * 2, rel=0.6)
     assert found["peak"] == max(part["peak"] for part in found["memory"].values())
     assert not found["fits"] and found["changes"], "four 8B networks, gathered for sampling, are too much"
     assert found["cost"] == pytest.approx(found["device_hours"] * 1.8)
