@@ -1,8 +1,8 @@
 """Bytes that a PaLM's forward and backward pass hold, read off the autograd graph of `lit_palm/models/palm.py`.
 
-Symbols: n tokens of a micro-batch, B rows of T tokens, D width, F width of a block's fused input product, I inner width
-of its feed-forward, H heads and K key/value heads of width Q; r, c bytes of a residual and of a product's input. A
-block keeps for its backward pass
+Symbols: n tokens of a micro-batch, B rows of T tokens, D width, F width of a block's fused input product, I inner
+width of its feed-forward, H heads and K key/value heads of width Q; r, c bytes of a residual and of a product's input.
+A block keeps for its backward pass
 
     x       n D r           the residual, which LayerNorm keeps (with mean and deviation, 2 n r)
     h       n D c           the normed input, which the fused product keeps

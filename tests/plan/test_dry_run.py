@@ -13,7 +13,7 @@ from lit_palm.modules import LitLanguageModel
 from lit_palm.plan.dry_run import DryRun, dry_run
 from lit_palm.plan.job import Collection, Job, NetworkShape, Sharding
 from lit_palm.plan.optimizers import optimizer_cost
-from lit_palm.plan.passes import update
+from lit_palm.plan.passes import rollout, update
 from lit_palm.plan.reading import PRECISIONS
 from lit_palm.plan.speed import traffic
 from tests import support
@@ -121,6 +121,12 @@ def test_weights_kept_between_forward_and_backward() -> None:
     memory, bytes_sent = compare(module, job)
     assert memory == pytest.approx(1, abs=0.15)
     assert all(ratio == pytest.approx(1, abs=0.02) for ratio in bytes_sent.values())
+
+
+def test_the_cache_of_a_collection() -> None:
+    _, job = job_of("ppo", tall(), "32-true", ALONE)
+    # 64 rows, 128 slots, keys and values of 4 layers, one head of 64, 4 bytes each
+    assert rollout(job).live["KV cache"] == 64 * LENGTH * 2 * 4 * 64 * 4
 
 
 def test_a_rank_holds_its_part() -> None:
