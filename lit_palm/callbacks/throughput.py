@@ -83,7 +83,11 @@ class Throughput(Callback):
         fresh = torch.as_tensor(seen, dtype=torch.long, device=pl_module.device) - self._counted
         own = int(fresh)
         self._counted += own
-        self.num_tokens += own if trainer.world_size == 1 else int(trainer.strategy.reduce(fresh, reduce_op="sum"))
+        all_sum: Any = getattr(pl_module, "all_sum", None)
+        if callable(all_sum):  # counts rows once that several ranks see, as under tensor parallelism
+            self.num_tokens += int(all_sum(fresh))
+        else:
+            self.num_tokens += own if trainer.world_size == 1 else int(trainer.strategy.reduce(fresh, reduce_op="sum"))
 
     def state_dict(self) -> dict[str, Any]:
         """Tokens seen by all ranks since the first step of the first run."""

@@ -43,6 +43,7 @@ class SpreadModule(LightningModule):
         self.networks = Networks()
         self._layout: Layout | None = None
         self._dims: dict[str, dict[str, int]] = {}
+        self._sizes: dict[str, int] = {}
         self._stand_ins: dict[str, nn.Module] = {}
 
     def find_layout(self) -> None:
@@ -67,7 +68,13 @@ class SpreadModule(LightningModule):
         # a new network starts from the same weights on every process, whatever each one's generator says
         found.seed = int(self.trainer.strategy.broadcast(found.seed))
         self._dims[role] = {name: p.dim() for name, p in found.empty.named_parameters()}
+        self._sizes[role] = sum(p.numel() for p in found.empty.parameters())
         return self._layout.make(found)
+
+    @property
+    def flops_per_token(self) -> float | None:
+        """6 x trained parameters, whatever part of them this process holds; None before they are made."""
+        return 6.0 * sum(self._sizes.values()) or None
 
     def build_networks(self) -> dict[str, nn.Module]:
         """The trained networks by role."""

@@ -79,6 +79,8 @@ def dry_run(module: LitModule, job: Job) -> DryRun:
     """
     if job.sharding.kind == "fsdp1" or job.sharding.tensor > 1:
         raise ValueError("--dry-run traces one device, DDP and FSDP2 (ModelParallelStrategy): choose one of these")
+    if job.sharding.offload or (job.sharding.sharded and job.sharding.shard != job.sharding.data):
+        raise ValueError("--dry-run traces neither offload nor shard_size of model.sharding: leave them out")
     with fake_ranks(job.sharding.data), _kernels_of(job):
         return _Tracing(module, job).run()
 
