@@ -163,7 +163,8 @@ def end_of(folder: Path) -> dict[str, Any]:
     """Weights, optimiser and the objective's state of the newest checkpoint."""
     path = (folder / "run" / "last.ckpt").resolve()
     if path.is_dir():
-        loaded = {**torch.load(path / "meta.pt", weights_only=True), **load_shards(str(path), ("state_dict", "optimizer_0"))}
+        shards = load_shards(str(path), ("state_dict", "optimizer_0"))
+        loaded = {**torch.load(path / "meta.pt", weights_only=True), **shards}
     else:
         loaded = torch.load(path, weights_only=True)
     optimizer = {k: v for k, v in loaded.items() if k.startswith("optimizer")}
