@@ -40,7 +40,7 @@ test: install
 	$(PYTEST)
 
 test-plugins: install-plugins
-	$(PYTEST) $(PACKAGES:%=%/tests) tests/benchmarks/test_alignment.py
+	$(PYTEST) $(PACKAGES:%=%/tests) tests/benchmarks/test_alignment.py tests/modules/test_plugin_strategies.py
 
 check: install
 	$(BIN)/ruff check .

@@ -220,7 +220,8 @@ class Layout:
             network.requires_grad_(False).eval()
         offload = self.sharding.frozen == "offloaded" if frozen else self.sharding.offload
         if isinstance(self.strategy, FSDPStrategy):
-            return sharded.wrap(network, self._wrapper(offload), source, self.device)
+            # a device that is the host itself has nowhere else to keep them
+            return sharded.wrap(network, self._wrapper(offload and self.device != _host()), source, self.device)
         if self._mesh["tensor_parallel"].size() > 1:
             tensor.parallelize(network, self._mesh["tensor_parallel"])
         names = self._mesh.mesh_dim_names

@@ -35,6 +35,8 @@ def processes(folder: Path, name: str, *jobs: str, timeout: float = 400) -> Path
     folder = folder / name
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "LIT_PALM_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    # memory that is freed is given back at once, so that what a process takes is what it holds
+    environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     command = [sys.executable, "-m", "tests.modules.two_processes", str(folder), name, *jobs]
     process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, start_new_session=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
@@ -109,9 +111,9 @@ def test_two_ranks_hold_half_each(name: str, tmp_path: Path) -> None:
         part = memory(two, job, rank)
         held = {kind: part[kind] / whole[kind] for kind in ("parameters", "gradients", "optimizer", "frozen")}
         assert all(share <= 0.55 for share in held.values()), held
-        assert part["resident"] / whole["resident"] < 0.7, "activations and the collection are whole"
+        assert part["resident"] / whole["resident"] <= 0.55, "of the process, with activations and the collection"
         # a network of 120 MB is gathered to sample, and freed
         network = whole["frozen"]
         assert part["live while sampling"] - part["live before sampling"] > 0.9 * network
         assert part["live after sampling"] - part["live before sampling"] < 0.1 * network
-        assert part["peak while building"] < 0.75 * whole["peak while building"]
+        assert part["peak while building"] < 0.6 * whole["peak while building"]

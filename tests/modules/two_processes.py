@@ -20,8 +20,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from lit_palm.callbacks import LastCheckpoint
+from lit_palm.data import PreferenceData
 from lit_palm.modules.reference import ReferenceUpdate
 from lit_palm.modules.sharding import Sharding
+from lit_palm.testing.rows import write_rows
 from tests.modules.strategies import PROCESSES, ROW_GROUPS, Memory, Trajectory, strategy
 from tests.support import (
     config,
@@ -77,9 +79,14 @@ def make(job: str, folder: Path, ways: int, **options: Any) -> tuple[Any, Any]:
 
 def with_objective(objective: Any, folder: Path, ways: int, **options: Any) -> tuple[Any, Any]:
     """A policy with an objective, on the data that it is for."""
+    if type(objective).__name__ == "KTO":  # feedback on single answers
+        source = write_rows("unpaired", folder / "unpaired.jsonl")
+        fields: dict[str, Any] = {"tokenizer": "bytes", "batch_size": 4 // ways, "mismatched": True}
+        return preference_policy(objective=objective, **options), PreferenceData(train=source, **fields)
     if "rollouts" not in objective.needs:
         return preference_policy(objective=objective, **options), ranking_data(folder, batch_size=4 // ways)
-    sizes = {"num_prompts": 4, "completions_per_prompt": 4, "minibatch_size": 8, "max_rounds": 2}
+    kept = objective.num_kept(4, 4)
+    sizes = {"num_prompts": 4, "completions_per_prompt": 4, "minibatch_size": kept // 2, "max_rounds": 2}
     value_lr = 5e-3 if "value" in objective.needs else None
     return policy(rollout=sizes, objective=objective, value_lr=value_lr, **options), prompt_data(folder)
 
