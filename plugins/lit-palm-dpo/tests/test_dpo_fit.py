@@ -147,7 +147,7 @@ def test_online_dpo_raises_a_verifiable_reward(tmp_path: Path) -> None:
         sampling=Sampling(max_new_tokens=8),
     )
     data = PromptData(train=path, validation=path, tokenizer="bytes", batch_size=16)
-    run = trainer(tmp_path, max_epochs=12, check_val_every_n_epoch=12, gradient_clip_val=1.0)
+    run = trainer(tmp_path, max_epochs=24, check_val_every_n_epoch=24, gradient_clip_val=1.0)
     start = run.validate(module, datamodule=data, verbose=False)[0]["val/reward"]
     run.fit(module, datamodule=data)
     metrics = run.callback_metrics

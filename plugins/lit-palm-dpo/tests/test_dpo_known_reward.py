@@ -110,5 +110,6 @@ def test_the_implied_reward_ranks_held_out_pairs_as_well_as_a_reward_model(
     scored = accuracy(LitRewardModel(start, RewardRanking(), optimizer=adamw), tmp_path, "val/accuracy")
     implied = accuracy(LitPolicy(start, DPO(beta=0.5), optimizer=adamw), tmp_path, "val/rewards/accuracies")
     assert scored > 0.7, "the reward model is no straw man"
-    assert implied >= scored - 0.02
+    # two standard errors of the difference: both are judged on the same 1,000 pairs, on a fifth of which they disagree
+    assert implied >= scored - 0.03
     assert implied < truth + 0.02, "better than the truth would be a leak"
