@@ -69,7 +69,8 @@ def ddp(session_folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def sharded(session_folder: Path) -> Path:
-    return two_processes(session_folder, "sharded", "reward_model", "policy", "policy+resumed")
+    jobs = ("reward_model", "policy", "policy+resumed", "moving_reference", "moving_reference+resumed")
+    return two_processes(session_folder, "sharded", *jobs, "known_reference", "policy+4+bf16")
 
 
 def agree(job: str, folder: Path, here: Path) -> None:
@@ -107,13 +108,25 @@ def test_two_processes_equal_one(job: str, tmp_path: Path, ddp: Path) -> None:
     agree(job, ddp, tmp_path)
 
 
-@pytest.mark.parametrize("job", ["reward_model", "policy"])
+def test_weights_gathered_in_bfloat16_start_with_ratio_one(sharded: Path) -> None:
+    found = torch.load(sharded / "policy+4+bf16.pt")["metrics"]
+    assert found["startup/max_logratio"] < 1e-2 and found["startup/engine_logratio"] < 0.1
+
+
+@pytest.mark.parametrize("job", ["reward_model", "policy", "moving_reference", "known_reference"])
 def test_two_processes_that_share_the_weights_equal_one(job: str, tmp_path: Path, sharded: Path) -> None:
     agree(job, sharded, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "strategy, job", [("ddp", "policy"), ("sharded", "policy"), ("ddp", "selection"), ("ddp", "moving_reference")]
+    "strategy, job",
+    [
+        ("ddp", "policy"),
+        ("sharded", "policy"),
+        ("ddp", "selection"),
+        ("ddp", "moving_reference"),
+        ("sharded", "moving_reference"),
+    ],
 )
 def test_two_processes_resume_in_the_middle_of_a_collection(
     strategy: str, job: str, request: pytest.FixtureRequest
