@@ -258,7 +258,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except Exception as error:
-        if os.environ.get("LIT_PALM_TRACEBACK") or not _speaks_for_itself(error):
+        if os.environ.get("LIT_PALM_TRACEBACK"):
+            raise
+        if isinstance(error, RuntimeError) and re.search(r"Connection (closed|reset) by peer", str(error)):
+            print("lit-palm: error: another process of this run has ended; its own message says why", file=sys.stderr)
+            return 2
+        if not _speaks_for_itself(error):
             raise
         print(f"lit-palm: error: {_speaker(error)}{_one_line(str(error))}", file=sys.stderr)
         return 2
@@ -273,6 +278,9 @@ def _speaks_for_itself(error: Exception) -> bool:
     parsing = any("jsonargparse" in file.parts for file in files)
     if isinstance(error, ValueError) and (parsing or "lightning" in files[-1].parts):
         return True  # a flag that does not fit the data; an argument that a class refuses
+    raised = (frames[-1].line or "").startswith("raise ")
+    if isinstance(error, RuntimeError) and raised and "lightning" in files[-1].parts:
+        return True  # a strategy whose sizes are not those of the machine
     if isinstance(error, ValueError | OSError | RuntimeError) and Path(__file__).parent in files[-1].parents:
         return True
     # A plugin that refuses says so; an error in its arithmetic, which torch raises, is for its author.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +21,9 @@ from torch import nn
 
 from lit_palm.modules.sharding import Sharding, check_strategy
 from lit_palm.parallel.sharded import unsharded
+from tests.support import write_jsonl
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_strategies_that_would_not_train_together_are_refused() -> None:
@@ -57,3 +64,28 @@ def test_whole_networks_need_no_gathering() -> None:
     with unsharded(network) as caller:
         assert caller is network and network.weight is before
     assert network.weight is before
+
+
+CONFIG = """
+trainer: {accelerator: cpu, devices: 1, logger: false, enable_checkpointing: false, max_steps: 1,
+          strategy: {class_path: ModelParallelStrategy, init_args: {data_parallel_size: %d, tensor_parallel_size: 1}}}
+model:
+  class_path: LitLanguageModel
+  init_args: {network: {class_path: PaLMConfig, init_args: {d_model: 16}}, sharding: %s}
+data: {class_path: TextData, init_args: {train: %s, tokenizer: bytes}}
+"""
+
+
+@pytest.mark.parametrize(
+    "size, sharding, message",
+    [(3, "{}", "should equal the world size (1)"), (1, "{shard_size: 2}", "model.sharding.shard_size is 2")],
+)
+def test_sizes_that_do_not_fit_are_one_line(size: int, sharding: str, message: str, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "text.jsonl", [{"text": "a text"}])
+    (tmp_path / "run.yaml").write_text(CONFIG % (size, sharding, data))
+    command = [sys.executable, "-m", "lit_palm", "fit", "--config", str(tmp_path / "run.yaml")]
+    environment = {**os.environ, "LIT_PALM_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("lit-palm: error: ")]
+    assert done.returncode == 2 and len(errors) == 1 and message in errors[0], done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
