@@ -12,6 +12,7 @@ before; compressed files and the other formats are cut by taking every k-th row,
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -34,20 +35,20 @@ class Found(NamedTuple):
     columns: dict[str, Any]
 
 
-class Part:
+class Part(ABC):
     """A part of one file or shard."""
 
+    @abstractmethod
     def read(self, place: int) -> Iterator[Found]:
         """The rows from a place on; 0 is the beginning.
 
         Raises:
             ValueError: when a row is not as it should be, or the file cannot be read; names file and line.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def where(self, number: int) -> str:
         """The place of a row, for messages."""
-        raise NotImplementedError
 
 
 class AnyPart(Part):
