@@ -117,3 +117,15 @@ def test_two_ranks_hold_half_each(name: str, tmp_path: Path) -> None:
         assert part["live while sampling"] - part["live before sampling"] > 0.9 * network
         assert part["live after sampling"] - part["live before sampling"] < 0.1 * network
         assert part["peak while building"] < 0.6 * whole["peak while building"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "sharded"])
+def test_every_module_resumes_exactly_on_two_processes(name: str, tmp_path: Path) -> None:
+    jobs = ("language_model", "reward_model", "policy", "preference")
+    folder = processes(tmp_path, name, *jobs, *(f"{job}+resumed" for job in jobs), timeout=900)
+    for job in jobs:
+        straight, resumed = (torch.load(folder / f"{kind}.pt") for kind in (job, f"{job}+resumed"))
+        assert straight["step"] == resumed["step"] >= 6
+        for k, v in straight["weights"].items():
+            assert torch.equal(v, resumed["weights"][k]), (job, k)
