@@ -18,6 +18,7 @@ Shapes follow the legend of `lit_palm.types`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -172,6 +173,9 @@ def rotate(x_BTHDh: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Block(nn.Module):
     """One parallel block: x + Attention(norm(x)) + SwiGLU(norm(x)) (the paper's section 2)."""
 
+    keep: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = staticmethod(lambda function: function)
+    """Binds what is recomputed in the backward pass to the adapter that is active now (`lit_palm.models.adapted`)."""
+
     def __init__(self, config: PaLMConfig, index: int) -> None:
         super().__init__()
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
@@ -193,7 +197,7 @@ class Block(nn.Module):
         """[B, T, D] -> [B, T, D]; `rope` and `bias` come from `PaLM.forward`; the cache takes the keys and values."""
         # recomputed in here rather than around the block: a sharded block is then gathered once for both
         if self.recompute and self.training and torch.is_grad_enabled():
-            result: Tensor = checkpoint(self.compute, x_BTD, rope, bias, cache, use_reentrant=False)
+            result: Tensor = checkpoint(self.keep(self.compute), x_BTD, rope, bias, cache, use_reentrant=False)
             return result
         return self.compute(x_BTD, rope, bias, cache)
 
@@ -265,6 +269,7 @@ class PaLM(Network):
     config: PaLMConfig
     takes_prefixes = True
     in_parts = True
+    lora_targets = ("attn_ffn_in", "attn_out", "ffn_out")
 
     def __init__(self, config: PaLMConfig) -> None:
         super().__init__()
