@@ -8,9 +8,6 @@
 The weights of the trunk are in memory once. A view is light: it makes its adapter the active one for the length of a
 pass. What is recomputed in the backward pass, for activation checkpointing, is done with the adapter of its forward
 pass, though another may have been active in between.
-
-Only what is trained is in the state dictionary: adapters and heads. The trunk, and adapters that stay as they are, come
-from elsewhere.
 """
 
 from __future__ import annotations
@@ -105,8 +102,6 @@ class AdaptedNetwork(Network):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(self.is_kept(name))
         self._bind_recomputation()
-        self.register_state_dict_post_hook(_drop_what_is_not_kept)
-        self.register_load_state_dict_post_hook(_miss_nothing_else)
 
     # ------------------------------------------------------------------ which adapter is active
 
@@ -213,24 +208,6 @@ def _inject(trunk: Network, role: str, lora: LoRA, targets: list[str]) -> None:
 
 def _recompute(network: AdaptedNetwork, again: Callable[..., Any], function: Any, *args: Any, **options: Any) -> Any:
     return again(network.keep(function), *args, **options)
-
-
-def _drop_what_is_not_kept(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    assert isinstance(module, AdaptedNetwork)
-    for name in [name for name in state if name.startswith(prefix) and not module.is_kept(name[len(prefix) :])]:
-        del state[name]
-
-
-def _miss_nothing_else(module: nn.Module, keys: Any) -> None:
-    assert isinstance(module, AdaptedNetwork)
-    own = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
-    absent = {name for name in own if not module.is_kept(name)}
-
-    def is_absent(key: str) -> bool:
-        parts = key.split(".")
-        return any(".".join(parts[place:]) in absent for place in range(len(parts)))
-
-    keys.missing_keys[:] = [key for key in keys.missing_keys if not is_absent(key)]
 
 
 # ---------------------------------------------------------------------------------------------- views

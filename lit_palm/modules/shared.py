@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -146,6 +146,9 @@ def base_name(name: str) -> str:
 class SharedNetworks(Networks):
     """Networks by role that are views of a shared one, which alone is a module of the tree, as `shared`.
 
+    Only what is trained is in the state dictionary: adapters and heads. The trunk, and adapters that stay as they are,
+    come from elsewhere.
+
     Args:
         shared: the `AdaptedNetwork`, or what a strategy wrapped it in.
         roles: the views of the trained roles.
@@ -154,6 +157,9 @@ class SharedNetworks(Networks):
     def __init__(self, shared: nn.Module, roles: Mapping[str, nn.Module]) -> None:
         super().__init__({"shared": shared})
         self.__dict__["roles"] = dict(roles)
+        # out here, since FSDP1 counts what is in the dictionary of the module it wraps
+        self.register_state_dict_post_hook(_drop_what_is_not_kept)
+        self.register_load_state_dict_post_hook(_miss_nothing_else)
 
     roles: dict[str, nn.Module]
 
@@ -200,3 +206,16 @@ class SharedNetworks(Networks):
             found = split_name(clean_name(name))
             if found is not None and found[0] == role:
                 yield name, parameter
+
+
+def _drop_what_is_not_kept(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    assert isinstance(module, SharedNetworks)
+    for name in [name for name in state if name.startswith(prefix) and not module.adapted.is_kept(name)]:
+        del state[name]
+
+
+def _miss_nothing_else(module: nn.Module, keys: Any) -> None:
+    assert isinstance(module, SharedNetworks)
+    keys.missing_keys[:] = [
+        key for key in keys.missing_keys if ".shared." not in f".{key}" or module.adapted.is_kept(clean_name(key))
+    ]
