@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_palm.models.base import Cache, Network, ScalarNetwork
-from lit_palm.models.lora import LoRA, targets_of
+from lit_palm.models.lora import LoRA, is_transposed, targets_of
 
 __all__ = ["PARTS", "AdaptedNetwork", "Head", "ScalarView", "View", "is_view", "split_name"]
 
@@ -139,7 +139,7 @@ class AdaptedNetwork(Network):
     def _bind_recomputation(self) -> None:
         for module in self.trunk.modules():
             if hasattr(module, "keep"):  # PaLM's blocks
-                module.keep = self.keep  # type: ignore[assignment]
+                module.keep, module.spare = self.keep, True  # type: ignore[assignment]
             again = getattr(module, "_gradient_checkpointing_func", None)
             if again is not None:  # of transformers
                 module._gradient_checkpointing_func = functools.partial(_recompute, self, again)  # type: ignore[assignment]
@@ -200,6 +200,7 @@ def _inject(trunk: Network, role: str, lora: LoRA, targets: list[str]) -> None:
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
+        fan_in_fan_out=any(is_transposed(trunk.get_submodule(target)) for target in targets),
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
@@ -270,6 +271,7 @@ class ScalarView(ScalarNetwork):
         part = trunk.adapted.heads[trunk.role]
         assert isinstance(part, Head)
         self.part, self.pooling = part, part.pooling
+        self.dropped = frozenset()
 
     @property
     def head(self) -> nn.Linear:  # type: ignore[override]

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_palm.models.base import Cache, Head, Network, NetworkConfig
 from lit_palm.models.cache import PaLMCache
-from lit_palm.models.kernels import split_swiglu, thin_linear
+from lit_palm.models.kernels import recomputed, split_swiglu, thin_linear
 from lit_palm.models.weights import Fresh, fill, fresh_seed, give_memory, local
 from lit_palm.types import has_float64
 
@@ -175,6 +175,8 @@ class Block(nn.Module):
 
     keep: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = staticmethod(lambda function: function)
     """Binds what is recomputed in the backward pass to the adapter that is active now (`lit_palm.models.adapted`)."""
+    spare = False
+    """Recompute the feed-forward's inner values in the backward pass: below adapters memory is what counts."""
 
     def __init__(self, config: PaLMConfig, index: int) -> None:
         super().__init__()
@@ -220,6 +222,9 @@ class Block(nn.Module):
 
     def join(self, attended: Tensor, hidden: Tensor) -> Tensor:
         """[B, T, D] from both halves."""
+        if self.spare and not self.recompute:
+            with recomputed(hidden):
+                return self.attn_out(attended) + self.ffn_out(hidden)
         return self.attn_out(attended) + self.ffn_out(hidden)
 
     def queries_and_keys(self, qk: Tensor, rope: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,10 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lit_palm.models.adapted import split_name
@@ -122,7 +124,7 @@ def trunk_of(found: Blueprint) -> Blueprint:
         return dataclasses.replace(found.adapted.trunk, config=found.config)
     whole = found.pooling is not None and found.stored is not None and not found.trunk_only
     stored = Below(found.stored, "trunk.") if whole and found.stored is not None else found.stored
-    return dataclasses.replace(found, pooling=None, stored=stored, trunk_only=False)
+    return dataclasses.replace(found, pooling=None, stored=stored, trunk_only=False, headless=whole)
 
 
 def fingerprint_of(trunk: Blueprint) -> str:
@@ -253,8 +255,15 @@ class Merged(Source):
         self._last: tuple[str, Tensor] | None = None
         self._verified = False
 
+    @cached_property
+    def dropped(self) -> frozenset[str]:
+        """The trunk's weights that a scalar network does without."""
+        with torch.device("meta"):
+            return frozenset(self.found.trunk.config.build().drop_output()) if self.prefix else frozenset()
+
     def names(self) -> Iterable[str]:
-        return [*(self.prefix + name for name in self.found.trunk.source.names()), *self.head]
+        own = (name for name in self.found.trunk.source.names() if name not in self.dropped)
+        return [*(self.prefix + name for name in own), *self.head]
 
     def shape(self, name: str) -> Sequence[int]:
         if name in self.head:

@@ -52,6 +52,10 @@ class SharedBlueprint(Blueprint):
     trunk: Blueprint = field(kw_only=True)
     adapters: dict[str, Adapter] = field(kw_only=True)
 
+    @property
+    def in_parts(self) -> bool:
+        return self.trunk.in_parts
+
     def on(self, network: nn.Module) -> AdaptedNetwork:
         """Put the adapters on a network; they are on the meta device."""
         return AdaptedNetwork(

@@ -115,6 +115,7 @@ class Blueprint:
         stored: the weights of a checkpoint; None: fresh ones.
         trunk_only: `stored` are those of a language model, below a fresh scalar head.
         where: what it comes from, for messages.
+        headless: a language model without the weights that only logits need, as below a scalar head.
         role: what the network is in the checkpoint that `where` names.
         adapted: the frozen network and the adapter that `stored` puts together, of a checkpoint of LoRA.
     """
@@ -125,6 +126,7 @@ class Blueprint:
     stored: Source | None = None
     trunk_only: bool = False
     where: str = "the new network"
+    headless: bool = False
     role: str | None = None
     adapted: Adapted | None = None
 
@@ -133,6 +135,8 @@ class Blueprint:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)  # one that cannot be made in parts draws its weights here
             network = self.config.build()
+            if self.headless:
+                network.drop_output()
             return network if self.pooling is None else ScalarNetwork(network, self.pooling)
 
     @cached_property

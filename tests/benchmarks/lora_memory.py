@@ -87,7 +87,7 @@ def compare(folder: Path, checkpointing: bool = False) -> dict[str, dict[str, fl
     """Both kinds, each in a process of its own."""
     environment = {**os.environ, "LIT_PALM_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     # memory that is freed is given back at once, so that what a process takes is what it holds
-    environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    environment |= {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "1"}
     found = {}
     for kind in ("prepare", *KINDS):
         command = [sys.executable, "-m", "tests.benchmarks.lora_memory", str(folder), kind, str(int(checkpointing))]
