@@ -25,6 +25,7 @@ _HOMES = {
     "PaLM": "lit_palm.models.palm",
     "PaLMConfig": "lit_palm.models.palm",
     "HuggingFaceConfig": "lit_palm.models.huggingface_config",
+    "LoRA": "lit_palm.models.lora",
     "Objective": "lit_palm.objectives",
     "LanguageModeling": "lit_palm.objectives",
     "RewardRanking": "lit_palm.objectives",

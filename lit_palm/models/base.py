@@ -12,7 +12,7 @@ Networks are pure torch: no Lightning, no devices, no ranks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -77,6 +77,9 @@ class Network(nn.Module, ABC):
 
     takes_prefixes: ClassVar[bool] = False
     """Whether `forward` takes `prefixes`, so that a prompt with several completions can be encoded once."""
+
+    lora_targets: ClassVar[Sequence[str] | None] = None
+    """Names of the linear layers that LoRA adapts unless told otherwise; None: what is usual, or all of them."""
 
     @abstractmethod
     def forward(

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,10 @@ from lit_palm.modules.layouts import open_weights
 from lit_palm.parallel.sharded import clean_name
 from lit_palm.parallel.tensor import Joined
 
-__all__ = ["Blueprint", "blueprint", "fingerprint", "load_network", "over"]
+if TYPE_CHECKING:
+    from lit_palm.modules.adapters import Adapted
+
+__all__ = ["Below", "Blueprint", "Stored", "blueprint", "check_fit", "fingerprint", "load_network", "over"]
 
 
 class Stored(Source):
@@ -55,6 +58,27 @@ class Stored(Source):
             self._last = name, self.weights[self.prefix + name]
         weight = self._last[1]
         return weight[start:stop] if weight.dim() else weight
+
+
+class Below(Source):
+    """The weights of a source below a prefix, such as those of the trunk of a scalar network.
+
+    Args:
+        source: has them.
+        prefix: of their names there.
+    """
+
+    def __init__(self, source: Source, prefix: str) -> None:
+        self.source, self.prefix = source, prefix
+
+    def names(self) -> Iterable[str]:
+        return [n.removeprefix(self.prefix) for n in self.source.names() if n.startswith(self.prefix)]
+
+    def shape(self, name: str) -> Sequence[int]:
+        return self.source.shape(self.prefix + name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.source.rows(self.prefix + name, start, stop)
 
 
 class _Trunk(Source):
@@ -91,6 +115,9 @@ class Blueprint:
         stored: the weights of a checkpoint; None: fresh ones.
         trunk_only: `stored` are those of a language model, below a fresh scalar head.
         where: what it comes from, for messages.
+        headless: a language model without the weights that only logits need, as below a scalar head.
+        role: what the network is in the checkpoint that `where` names.
+        adapted: the frozen network and the adapter that `stored` puts together, of a checkpoint of LoRA.
     """
 
     config: NetworkConfig
@@ -99,12 +126,17 @@ class Blueprint:
     stored: Source | None = None
     trunk_only: bool = False
     where: str = "the new network"
+    headless: bool = False
+    role: str | None = None
+    adapted: Adapted | None = None
 
     def structure(self) -> nn.Module:
         """The network on the current device, with weights that mean nothing."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)  # one that cannot be made in parts draws its weights here
             network = self.config.build()
+            if self.headless:
+                network.drop_output()
             return network if self.pooling is None else ScalarNetwork(network, self.pooling)
 
     @cached_property
@@ -133,7 +165,7 @@ class Blueprint:
             # named as the language model's own: a value network starts with the policy's weights
             trunk = self.stored or Fresh(self.empty.trunk, self.seed)
             source = _Trunk(trunk, Fresh(self.empty, self.seed), self.empty.dropped)
-        _check_fit(self.empty, source, self.where)
+        check_fit(self.empty, source, self.where)
         return source
 
     def whole(self) -> nn.Module:
@@ -179,8 +211,16 @@ def blueprint(
         )
     config = dataclasses.replace(config, **(overrides or {}))  # type: ignore[type-var]
     pooling = None if role == "policy" else networks[there].get("pooling", "last")
-    stored = Stored(checkpoint.path, there)
-    return Blueprint(config, seed, pooling, stored, trunk_only=pooling is not None and there == "policy", where=path)
+    found = Blueprint(config, seed, pooling, where=path, role=there)
+    found.trunk_only = pooling is not None and there == "policy"
+    if "lora" in networks[there]:
+        from lit_palm.modules.adapters import Merged, read_adapted
+
+        found.adapted = read_adapted(checkpoint, there, config)
+        found.stored = Merged(found.adapted, scalar=pooling is not None and there != "policy")
+    else:
+        found.stored = Stored(checkpoint.path, there)
+    return found
 
 
 def over(trunk: Blueprint, pooling: Literal["last", "mean"] = "last") -> Blueprint:
@@ -210,7 +250,7 @@ def load_network(
     return network
 
 
-def _check_fit(network: nn.Module, source: Source, where: str) -> None:
+def check_fit(network: nn.Module, source: Source, where: str) -> None:
     """Refuse weights that do not fit.
 
     Raises:
