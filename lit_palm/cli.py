@@ -31,7 +31,8 @@ __all__ = ["build_cli", "main", "prepare_process"]
 
 EXTRA_VERBS = {
     "generate": "Complete prompts with a checkpoint, streaming to the terminal.",
-    "export": "Write a checkpoint's networks as safetensors with their configuration and tokeniser.",
+    "import": "Turn weights of palm-rlhf-pytorch or Cohere into a folder that every stage starts from.",
+    "export": "Write a checkpoint for other tools: transformers, vLLM, llama.cpp, or safetensors of our own.",
     "consolidate": "Put a folder of shards together: one safetensors file a network, or one checkpoint file.",
     "plan": "Say what a run needs on which devices: memory, time and cost, and what to change where it does not fit.",
     "plugins": "List objectives, rewards, networks and engines, and where they come from.",
@@ -237,6 +238,10 @@ def run(argv: Sequence[str]) -> int:
             from lit_palm import plan
 
             return plan.main(argv[1:], parse_fit)
+        if verb == "import":
+            from lit_palm.convert import importing
+
+            return importing.main(argv[1:])
         from lit_palm import generate
 
         mains = {"export": generate.export_main, "consolidate": generate.consolidate_main}
