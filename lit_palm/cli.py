@@ -238,13 +238,13 @@ def run(argv: Sequence[str]) -> int:
             from lit_palm import plan
 
             return plan.main(argv[1:], parse_fit)
-        if verb == "import":
-            from lit_palm.convert import importing
+        if verb in ("import", "export"):
+            from lit_palm.convert import exporting, importing
 
-            return importing.main(argv[1:])
+            return (importing if verb == "import" else exporting).main(argv[1:])
         from lit_palm import generate
 
-        mains = {"export": generate.export_main, "consolidate": generate.consolidate_main}
+        mains = {"consolidate": generate.consolidate_main}
         return mains.get(verb, generate.main)(argv[1:])
     if not argv or argv[0] in ("-h", "--help"):
         print("lit-palm also has:\n" + "\n".join(f"  {v:14} {text}" for v, text in EXTRA_VERBS.items()) + "\n")

@@ -1,0 +1,187 @@
+"""`lit-palm export CKPT DST`: a checkpoint as other tools load it.
+
+    lit-palm export runs/demo/ppo/last.ckpt runs/exported                    transformers, vLLM
+    lit-palm export runs/demo/ppo/last.ckpt runs/policy.gguf --format gguf   llama.cpp
+    lit-palm export runs/demo/ppo/last.ckpt runs/folder --format lit-palm    every stage here
+    lit-palm export runs/demo/ppo/last.ckpt runs/exported --push me/policy   and to the hub, private
+
+The layout of transformers holds one network: of several it is the policy, unless `--network` says another.
+A network of transformers goes back to the layout that it came from. One tensor is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from argparse import ArgumentError
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from lit_palm.convert.card import model_card
+from lit_palm.convert.cohere import CLASSIFIER, cohere_architecture, cohere_weights, scalar_head
+from lit_palm.convert.folder import new_folder
+from lit_palm.convert.shards import parse_size, write_shards
+from lit_palm.convert.tokenizer_files import write_tokenizer
+from lit_palm.data.tokenizers import Tokenizer
+from lit_palm.foreign.network import Weights
+from lit_palm.models.palm import PaLMConfig
+from lit_palm.modules.checkpoint import Checkpoint, config_from_dict, export_folder, read_checkpoint
+from lit_palm.modules.layouts import open_weights
+from lit_palm.version import __version__
+
+__all__ = ["Exported", "export_huggingface", "main", "prepare"]
+
+Role = Literal["policy", "value", "reward"]
+DTypes = Literal["auto", "float32", "float16", "bfloat16"]
+
+
+@dataclass
+class Exported:
+    """A network in the layout of transformers, before it is written.
+
+    Args:
+        checkpoint: where it comes from.
+        architecture: the `config.json`.
+        weights: by their names in that layout, made when they are asked for.
+        tokenizer: comes along.
+        max_length: longest sequence in tokens.
+    """
+
+    checkpoint: Checkpoint
+    architecture: dict[str, Any]
+    weights: Weights
+    tokenizer: Tokenizer
+    max_length: int
+
+
+def prepare(path: str, network: Role | None = None, dtype: DTypes = "auto") -> Exported:
+    """Look at a checkpoint and say how its network is called and laid out in transformers; weights are not read yet.
+
+    Args:
+        path: a checkpoint: file, folder of shards, exported or imported folder.
+        network: which of its networks; None: the policy, else the reward model, else the value network.
+        dtype: of the weights; auto: as they are.
+
+    Raises:
+        ValueError: as `read_checkpoint`, it has no such network or no tokeniser, or there is no layout for it.
+    """
+    checkpoint = read_checkpoint(path, header_only=True)
+    networks = checkpoint.header["networks"]
+    roles = ("policy", "reward", "value") if network is None else (network,)
+    role = next((r for r in roles if r in networks), None)
+    if role is None:
+        raise ValueError(f"{path}: has no {network or 'network'}; it holds {', '.join(networks)}")
+    tokenizer = checkpoint.tokenizer
+    if tokenizer is None:
+        raise ValueError(f"{path}: carries no tokeniser, and what is exported needs one")
+    config = config_from_dict(networks[role], path)
+    pooling = networks[role].get("pooling")
+    if pooling == "mean":
+        raise ValueError(
+            f"{path}: its {role} network pools the mean over positions, and sequence classifiers of transformers read "
+            "the last token: train with pooling: last, or keep it as it is with --format lit-palm"
+        )
+    if not isinstance(config, PaLMConfig):
+        raise ValueError(
+            f"{path}: its {role} network is a {type(config).__name__}, for which transformers has no layout: --format "
+            "lit-palm keeps it as it is"
+        )
+    with open_weights(checkpoint.path) as weights:
+        prefix = f"networks.{role}." if pooling is None else f"networks.{role}.trunk."
+        stored = weights[f"{prefix}embedding.weight"].dtype
+        kept = stored if dtype == "auto" else getattr(torch, dtype)
+        architecture = cohere_architecture(config, tokenizer, kept, path)
+        made = cohere_weights(config, weights, prefix, kept)
+        own: dict[str, Any] = {"version": __version__, "kind": checkpoint.header.get("kind"), "network": role}
+        if pooling is not None:
+            recipe, bias = scalar_head(weights, f"networks.{role}.", kept)
+            made.recipes = {**made.recipes, "score.weight": recipe}
+            architecture |= {"architectures": [CLASSIFIER], "num_labels": 1, "id2label": {"0": "score"}}
+            architecture |= {"label2id": {"score": 0}}
+            own["score_bias"] = bias
+    architecture["lit_palm"] = own
+    return Exported(checkpoint, architecture, made, tokenizer, config.max_length)
+
+
+def export_huggingface(exported: Exported, target: str, max_shard_size: int) -> None:
+    """Write a folder that transformers loads: weights, configuration, tokeniser, generation settings, model card.
+
+    Args:
+        exported: what to write.
+        target: the folder, path or fsspec URL.
+        max_shard_size: of one file of weights, in bytes.
+
+    Raises:
+        ValueError: the tokeniser cannot be written, or the target holds something that was not exported.
+    """
+    architecture = exported.architecture
+    with new_folder(target) as folder:
+        write_tokenizer(folder, exported.tokenizer, exported.max_length, exported.checkpoint.path)
+        write_shards(folder, exported.weights, max_shard_size)
+        if not architecture["architectures"][0].endswith("ForSequenceClassification"):
+            special = ("bos_token_id", "eos_token_id", "pad_token_id")
+            _write_json(folder, "generation_config.json", {k: architecture.get(k) for k in special})
+        name = os.path.basename(target.rstrip("/"))
+        count = sum(shape.numel() for shape in exported.weights.shapes.values())
+        with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
+            file.write(model_card(exported.checkpoint.header, architecture, name, count))
+        _write_json(folder, "config.json", architecture)
+
+
+def _write_json(folder: str, name: str, data: dict[str, Any]) -> None:
+    with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+        json.dump(data, file, indent=2, ensure_ascii=False)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `lit-palm export`."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="lit-palm export", description="Write a checkpoint as other tools load it.", exit_on_error=False
+    )
+    parser.add_argument("checkpoint", type=str, help="A checkpoint file or directory.")
+    parser.add_argument("folder", type=str, help="Where to write; for gguf the name of a file.")
+    parser.add_argument(
+        "--format",
+        type=Literal["huggingface", "gguf", "lit-palm"],
+        default="huggingface",
+        help="huggingface: a folder of transformers; gguf: a file of llama.cpp; lit-palm: all networks, for stages here.",
+    )
+    parser.add_argument("--network", type=Role | None, help="Which network; by default the policy, else the reward.")
+    parser.add_argument("--dtype", type=DTypes, default="auto", help="Type of the weights; auto: as they are.")
+    parser.add_argument("--max_shard_size", type=str, default="5GB", help="Of one file of weights.")
+    parser.add_argument("--push", type=str | None, help="Also upload the folder to this repository of the hub.")
+    parser.add_argument("--private", type=bool, default=True, help="Whether a repository that --push makes is private.")
+    try:
+        args = parser.parse_args(list(argv))
+    except ArgumentError as error:
+        raise ValueError(str(error)) from error
+    if args.format == "lit-palm":
+        _refuse_push(args.push, args.format)
+        with new_folder(args.folder) as folder:
+            export_folder(args.checkpoint, folder)
+    elif args.format == "gguf":
+        _refuse_push(args.push, args.format)
+        from lit_palm.convert.gguf_file import write_gguf
+
+        write_gguf(prepare(args.checkpoint, args.network, args.dtype), args.folder)
+    else:
+        size = parse_size(args.max_shard_size)
+        exported = prepare(args.checkpoint, args.network, args.dtype)
+        export_huggingface(exported, args.folder, size)
+    print(f"wrote {args.folder}", file=sys.stderr)
+    if args.push is not None:
+        from lit_palm.convert.push import push
+
+        print(f"uploaded to {push(args.folder, args.push, args.private)}", file=sys.stderr)
+    return 0
+
+
+def _refuse_push(push: str | None, kind: str) -> None:
+    if push is not None:
+        raise ValueError(f"--push uploads a folder of transformers, not --format {kind}")
