@@ -24,6 +24,7 @@ _HOMES = {
     "ScalarNetwork": "lit_palm.models.base",
     "PaLM": "lit_palm.models.palm",
     "PaLMConfig": "lit_palm.models.palm",
+    "HuggingFaceConfig": "lit_palm.models.huggingface_config",
     "Objective": "lit_palm.objectives",
     "LanguageModeling": "lit_palm.objectives",
     "RewardRanking": "lit_palm.objectives",

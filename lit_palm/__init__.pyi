@@ -14,6 +14,7 @@ from lit_palm.data.tokenizers import load_tokenizer as load_tokenizer
 from lit_palm.models.base import Network as Network
 from lit_palm.models.base import NetworkConfig as NetworkConfig
 from lit_palm.models.base import ScalarNetwork as ScalarNetwork
+from lit_palm.models.huggingface_config import HuggingFaceConfig as HuggingFaceConfig
 from lit_palm.models.palm import PaLM as PaLM
 from lit_palm.models.palm import PaLMConfig as PaLMConfig
 from lit_palm.modules import LitLanguageModel as LitLanguageModel

@@ -150,7 +150,7 @@ def main(argv: Sequence[str]) -> int:
         "--format",
         type=Literal["huggingface", "gguf", "lit-palm"],
         default="huggingface",
-        help="huggingface: a folder of transformers; gguf: a file of llama.cpp; lit-palm: all networks, for stages here.",
+        help="huggingface: a folder of transformers; gguf: one of llama.cpp; lit-palm: all networks, for stages here.",
     )
     parser.add_argument("--network", type=Role | None, help="Which network; by default the policy, else the reward.")
     parser.add_argument("--dtype", type=DTypes, default="auto", help="Type of the weights; auto: as they are.")

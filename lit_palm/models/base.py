@@ -118,6 +118,9 @@ class Network(nn.Module, ABC):
     """Whether the network can be made without ever being whole: built on the meta device it holds nothing but what
     `initial_std` describes. One that cannot is made whole on every process before it is sharded."""
 
+    loads_in_parts: ClassVar[bool] = False
+    """Whether that holds when its weights come from a checkpoint: on the meta device it lacks nothing but them."""
+
     def initial_std(self, name: str) -> float | None:
         """How a fresh weight is drawn: N(0, std^2); 0 gives zeros, None ones. For networks that come `in_parts`."""
         raise AssertionError("a network that comes in parts says how its weights are drawn")

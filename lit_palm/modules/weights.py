@@ -117,7 +117,7 @@ class Blueprint:
     def in_parts(self) -> bool:
         """Whether a process can make its part alone."""
         trunk = self.empty.trunk if isinstance(self.empty, ScalarNetwork) else self.empty
-        return isinstance(trunk, Network) and trunk.in_parts
+        return isinstance(trunk, Network) and (trunk.in_parts or (self.stored is not None and trunk.loads_in_parts))
 
     @cached_property
     def source(self) -> Source:
