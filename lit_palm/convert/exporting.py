@@ -15,19 +15,23 @@ import json
 import os
 import sys
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from lit_palm.convert.card import model_card
 from lit_palm.convert.cohere import CLASSIFIER, cohere_architecture, cohere_weights, scalar_head
 from lit_palm.convert.folder import new_folder
+from lit_palm.convert.huggingface import huggingface_model
 from lit_palm.convert.shards import parse_size, write_shards
 from lit_palm.convert.tokenizer_files import write_tokenizer
 from lit_palm.data.tokenizers import Tokenizer
 from lit_palm.foreign.network import Weights
+from lit_palm.models.base import NetworkConfig
+from lit_palm.models.huggingface_config import HuggingFaceConfig
 from lit_palm.models.palm import PaLMConfig
 from lit_palm.modules.checkpoint import Checkpoint, config_from_dict, export_folder, read_checkpoint
 from lit_palm.modules.layouts import open_weights
@@ -46,16 +50,25 @@ class Exported:
     Args:
         checkpoint: where it comes from.
         architecture: the `config.json`.
-        weights: by their names in that layout, made when they are asked for.
         tokenizer: comes along.
-        max_length: longest sequence in tokens.
+        config: of the network.
+        weights: of a PaLM, by their names in that layout, made when they are asked for.
+        model: of transformers, with the weights, where the network is one of theirs.
     """
 
     checkpoint: Checkpoint
     architecture: dict[str, Any]
-    weights: Weights
     tokenizer: Tokenizer
-    max_length: int
+    config: NetworkConfig
+    weights: Weights | None = None
+    model: Any = None
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in its weights."""
+        if self.weights is not None:
+            return sum(shape.numel() for shape in self.weights.shapes.values())
+        return int(self.model.num_parameters())
 
 
 def prepare(path: str, network: Role | None = None, dtype: DTypes = "auto") -> Exported:
@@ -79,32 +92,51 @@ def prepare(path: str, network: Role | None = None, dtype: DTypes = "auto") -> E
     if tokenizer is None:
         raise ValueError(f"{path}: carries no tokeniser, and what is exported needs one")
     config = config_from_dict(networks[role], path)
-    pooling = networks[role].get("pooling")
-    if pooling == "mean":
+    if networks[role].get("pooling") == "mean":
         raise ValueError(
             f"{path}: its {role} network pools the mean over positions, and sequence classifiers of transformers read "
             "the last token: train with pooling: last, or keep it as it is with --format lit-palm"
         )
-    if not isinstance(config, PaLMConfig):
+    if not isinstance(config, PaLMConfig | HuggingFaceConfig):
         raise ValueError(
             f"{path}: its {role} network is a {type(config).__name__}, for which transformers has no layout: --format "
             "lit-palm keeps it as it is"
         )
+    wanted = None if dtype == "auto" else getattr(torch, dtype)
     with open_weights(checkpoint.path) as weights:
-        prefix = f"networks.{role}." if pooling is None else f"networks.{role}.trunk."
-        stored = weights[f"{prefix}embedding.weight"].dtype
-        kept = stored if dtype == "auto" else getattr(torch, dtype)
-        architecture = cohere_architecture(config, tokenizer, kept, path)
-        made = cohere_weights(config, weights, prefix, kept)
-        own: dict[str, Any] = {"version": __version__, "kind": checkpoint.header.get("kind"), "network": role}
-        if pooling is not None:
-            recipe, bias = scalar_head(weights, f"networks.{role}.", kept)
-            made.recipes = {**made.recipes, "score.weight": recipe}
-            architecture |= {"architectures": [CLASSIFIER], "num_labels": 1, "id2label": {"0": "score"}}
-            architecture |= {"label2id": {"score": 0}}
-            own["score_bias"] = bias
-    architecture["lit_palm"] = own
-    return Exported(checkpoint, architecture, made, tokenizer, config.max_length)
+        if isinstance(config, PaLMConfig):
+            exported, bias = _palm(checkpoint, config, weights, role, tokenizer, wanted)
+        else:
+            model, bias = huggingface_model(config, weights, role, tokenizer, wanted, path)
+            architecture = json.loads(model.config.to_json_string(use_diff=True))
+            architecture["architectures"] = [type(model).__name__]
+            exported = Exported(checkpoint, architecture, tokenizer, config, model=model)
+    own: dict[str, Any] = {"version": __version__, "kind": checkpoint.header.get("kind"), "network": role}
+    exported.architecture["lit_palm"] = own if bias is None else own | {"score_bias": bias}
+    return exported
+
+
+def _palm(
+    checkpoint: Checkpoint,
+    config: PaLMConfig,
+    weights: Mapping[str, Tensor],
+    role: str,
+    tokenizer: Tokenizer,
+    dtype: torch.dtype | None,
+) -> tuple[Exported, float | None]:
+    """A PaLM in Cohere's layout, and for a scalar network the constant that its score leaves out."""
+    scalar = f"networks.{role}.head.weight" in weights
+    prefix = f"networks.{role}.trunk." if scalar else f"networks.{role}."
+    dtype = dtype or weights[f"{prefix}embedding.weight"].dtype
+    architecture = cohere_architecture(config, tokenizer, dtype, checkpoint.path)
+    made = cohere_weights(config, weights, prefix, dtype)
+    bias = None
+    if scalar:
+        recipe, bias = scalar_head(weights, f"networks.{role}.", dtype)
+        made.recipes = {**made.recipes, "score.weight": recipe}
+        labels = {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
+        architecture |= {"architectures": [CLASSIFIER], **labels}
+    return Exported(checkpoint, architecture, tokenizer, config, weights=made), bias
 
 
 def export_huggingface(exported: Exported, target: str, max_shard_size: int) -> None:
@@ -120,15 +152,17 @@ def export_huggingface(exported: Exported, target: str, max_shard_size: int) -> 
     """
     architecture = exported.architecture
     with new_folder(target) as folder:
-        write_tokenizer(folder, exported.tokenizer, exported.max_length, exported.checkpoint.path)
-        write_shards(folder, exported.weights, max_shard_size)
-        if not architecture["architectures"][0].endswith("ForSequenceClassification"):
-            special = ("bos_token_id", "eos_token_id", "pad_token_id")
-            _write_json(folder, "generation_config.json", {k: architecture.get(k) for k in special})
+        if exported.weights is not None:
+            write_shards(folder, exported.weights, max_shard_size)
+            if not architecture["architectures"][0].endswith("ForSequenceClassification"):
+                special = ("bos_token_id", "eos_token_id", "pad_token_id")
+                _write_json(folder, "generation_config.json", {k: architecture.get(k) for k in special})
+        else:
+            exported.model.save_pretrained(folder, max_shard_size=max_shard_size)
+        write_tokenizer(folder, exported.tokenizer, exported.config.max_length, exported.checkpoint.path)
         name = os.path.basename(target.rstrip("/"))
-        count = sum(shape.numel() for shape in exported.weights.shapes.values())
         with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
-            file.write(model_card(exported.checkpoint.header, architecture, name, count))
+            file.write(model_card(exported.checkpoint.header, architecture, name, exported.num_parameters))
         _write_json(folder, "config.json", architecture)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from lit_palm.convert.folder import check_target, new_folder
 from lit_palm.data.tokenizers import Tokenizer, load_tokenizer
+from lit_palm.foreign import fetch
 from lit_palm.foreign.cohere import read_architecture, read_cohere
 from lit_palm.foreign.network import ForeignNetwork
 from lit_palm.foreign.palm_rlhf import CONCEPTOFMIND, PaLMRLHFOptions, is_palm_rlhf, read_palm_rlhf
@@ -61,7 +62,7 @@ def import_network(
     if preset is not None and preset not in CONCEPTOFMIND:
         raise ValueError(f"--preset {preset}: choose one of {', '.join(CONCEPTOFMIND)}")
     check_target(target)
-    source = _local(source)
+    source = fetch(source) or source
     found = read(source, options, preset)
     found.tokenizer = _tokenizer(source, tokenizer, found)
     wide, known = found.tokenizer.vocab_size, found.config.vocab_size or 0
@@ -109,22 +110,6 @@ def _config_of(folder: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) and "networks" in found else read_architecture(folder)
-
-
-def _local(source: str) -> str:
-    """A folder or file here, downloaded when the name is one of the hub's."""
-    if os.path.exists(source) or "://" in source or source.count("/") != 1 or source.startswith((".", "~")):
-        return source
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
-    try:
-        return snapshot_download(source, allow_patterns=wanted)
-    except Exception as error:  # of the hub's client: offline, unknown, private
-        raise ValueError(
-            f"{source}: is no file or folder here, and the hub did not provide it ({type(error).__name__}: "
-            f"{(str(error).splitlines() or [''])[0]})"
-        ) from error
 
 
 def _tokenizer(source: str, given: str | None, found: ForeignNetwork) -> Tokenizer:
