@@ -35,6 +35,7 @@ from lit_palm.models.huggingface_config import HuggingFaceConfig
 from lit_palm.models.palm import PaLMConfig
 from lit_palm.modules.checkpoint import Checkpoint, config_from_dict, export_folder, read_checkpoint
 from lit_palm.modules.layouts import open_weights
+from lit_palm.modules.storage import is_local
 from lit_palm.version import __version__
 
 __all__ = ["Exported", "export_huggingface", "main", "prepare"]
@@ -195,12 +196,12 @@ def main(argv: Sequence[str]) -> int:
         args = parser.parse_args(list(argv))
     except ArgumentError as error:
         raise ValueError(str(error)) from error
+    if args.push is not None:
+        _check_push(args.push, args.format, args.folder)
     if args.format == "lit-palm":
-        _refuse_push(args.push, args.format)
         with new_folder(args.folder) as folder:
             export_folder(args.checkpoint, folder)
     elif args.format == "gguf":
-        _refuse_push(args.push, args.format)
         from lit_palm.convert.gguf_file import write_gguf
 
         write_gguf(prepare(args.checkpoint, args.network, args.dtype), args.folder)
@@ -216,6 +217,16 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _refuse_push(push: str | None, kind: str) -> None:
-    if push is not None:
-        raise ValueError(f"--push uploads a folder of transformers, not --format {kind}")
+def _check_push(repository: str, kind: str, folder: str) -> None:
+    """Refuse before anything is written.
+
+    Raises:
+        ValueError: nothing that a repository could take, or nobody who could upload.
+    """
+    from lit_palm.convert.push import check_login
+
+    if kind != "huggingface":
+        raise ValueError(f"--push {repository}: uploads a folder of transformers, not --format {kind}")
+    if not is_local(folder):
+        raise ValueError(f"--push {repository}: uploads from a folder on this machine, not from {folder}")
+    check_login(repository)
