@@ -66,8 +66,7 @@ def rename(config: HuggingFaceConfig, there: Mapping[str, Tensor]) -> dict[str, 
     What a folder holds beside them (masks and frequencies that older versions wrote, a tied output weight) is passed
     over.
     """
-    with torch.device("meta"):
-        lm = config.build().lm
+    lm = _skeleton(config)
     base = f"{lm.base_model_prefix}."
     names = {}
     for name, _ in named_weights(lm):
@@ -98,6 +97,11 @@ def whole_model(path: str, config: HuggingFaceConfig, **options: Any) -> dict[st
     if lost:
         more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
         raise ValueError(f"{path}: the weights of the model lack {', '.join(lost[:3])}{more}")
-    with torch.device("meta"):
-        own = {name for name, _ in named_weights(config.build().lm)}
+    own = {name for name, _ in named_weights(_skeleton(config))}
     return {name: tensor.detach() for name, tensor in named_weights(model) if name in own}
+
+
+def _skeleton(config: HuggingFaceConfig) -> Any:
+    """The model of `transformers` without memory."""
+    with torch.device("meta"):
+        return config.build().lm

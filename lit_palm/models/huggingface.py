@@ -59,7 +59,8 @@ class HuggingFaceNetwork(Network):
         self._base_takes: frozenset[str] = frozenset(inspect.signature(base.forward).parameters)
         self._attention_chosen: bool = config.attention != "auto"
         if config.activation_checkpointing:
-            self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable = getattr(self.lm, "activation_checkpointing_enable", None) or self.lm.gradient_checkpointing_enable
+            enable({"use_reentrant": False})  # the name of this argument has changed
 
     def _apply(self, fn: Any, recurse: bool = True) -> HuggingFaceNetwork:
         """Constants (rotary frequencies) move with the network, but are never emptied nor rounded to 16 bits."""
