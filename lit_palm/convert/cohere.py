@@ -7,7 +7,6 @@ same trunk. xPos and the l2 norm of queries and keys have no counterpart there.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -124,15 +123,15 @@ def cohere_weights(config: PaLMConfig, weights: Mapping[str, Tensor], prefix: st
     return Weights(recipes)
 
 
-def scalar_head(weights: Mapping[str, Tensor], prefix: str, dtype: torch.dtype) -> tuple[Recipe, float]:
+def scalar_head(weights: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Recipe, float]:
     """The weight of a sequence classifier's score, which has no bias, and the bias that is left out with it.
 
     (w h + b - offset) / scale is one weight and one constant, and a constant changes no comparison of two scores.
     """
-    bias, offset, scale = (float(weights[f"{prefix}{name}"]) for name in ("head.bias", "offset", "scale"))
+    bias, offset, scale = (float(weights[name]) for name in ("head.bias", "offset", "scale"))
 
-    def make(name: str) -> Tensor:
-        return weights[name] / scale
+    def make() -> Tensor:
+        return weights["head.weight"] / scale
 
-    shape = tuple(weights[f"{prefix}head.weight"].shape)
-    return Recipe(shape, dtype, partial(make, f"{prefix}head.weight")), (bias - offset) / scale
+    shape = tuple(weights["head.weight"].shape)
+    return Recipe(shape, dtype, make), (bias - offset) / scale

@@ -15,7 +15,7 @@ import json
 import os
 import sys
 from argparse import ArgumentError
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,15 +33,33 @@ from lit_palm.foreign.network import Weights
 from lit_palm.models.base import NetworkConfig
 from lit_palm.models.huggingface_config import HuggingFaceConfig
 from lit_palm.models.palm import PaLMConfig
-from lit_palm.modules.checkpoint import Checkpoint, config_from_dict, export_folder, read_checkpoint
-from lit_palm.modules.layouts import open_weights
+from lit_palm.models.weights import Source
+from lit_palm.modules.checkpoint import Checkpoint, Role, config_from_dict, export_folder, read_checkpoint
 from lit_palm.modules.storage import is_local
+from lit_palm.modules.weights import blueprint
 from lit_palm.version import __version__
 
 __all__ = ["Exported", "export_huggingface", "main", "prepare"]
 
-Role = Literal["policy", "value", "reward"]
 DTypes = Literal["auto", "float32", "float16", "bfloat16"]
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """The weights of one network of a checkpoint by name, whole, each read (or put together) when it is asked for."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.known = dict.fromkeys(source.names())
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self.source.shape(name) if name in self.known else ()
+        return self.source.rows(name, 0, shape[0] if shape else 1).reshape(tuple(shape))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.known)
+
+    def __len__(self) -> int:
+        return len(self.known)
 
 
 @dataclass
@@ -85,7 +103,7 @@ def prepare(path: str, network: Role | None = None, dtype: DTypes = "auto") -> E
     """
     checkpoint = read_checkpoint(path, header_only=True)
     networks = checkpoint.header["networks"]
-    roles = ("policy", "reward", "value") if network is None else (network,)
+    roles: tuple[Role, ...] = ("policy", "reward", "value") if network is None else (network,)
     role = next((r for r in roles if r in networks), None)
     if role is None:
         raise ValueError(f"{path}: has no {network or 'network'}; it holds {', '.join(networks)}")
@@ -104,14 +122,14 @@ def prepare(path: str, network: Role | None = None, dtype: DTypes = "auto") -> E
             "lit-palm keeps it as it is"
         )
     wanted = None if dtype == "auto" else getattr(torch, dtype)
-    with open_weights(checkpoint.path) as weights:
-        if isinstance(config, PaLMConfig):
-            exported, bias = _palm(checkpoint, config, weights, role, tokenizer, wanted)
-        else:
-            model, bias = huggingface_model(config, weights, role, tokenizer, wanted, path)
-            architecture = json.loads(model.config.to_json_string(use_diff=True))
-            architecture["architectures"] = [type(model).__name__]
-            exported = Exported(checkpoint, architecture, tokenizer, config, model=model)
+    weights = StoredWeights(blueprint(path, role).source)
+    if isinstance(config, PaLMConfig):
+        exported, bias = _palm(checkpoint, config, weights, tokenizer, wanted)
+    else:
+        model, bias = huggingface_model(config, weights, tokenizer, wanted, path)
+        architecture = json.loads(model.config.to_json_string(use_diff=True))
+        architecture["architectures"] = [type(model).__name__]
+        exported = Exported(checkpoint, architecture, tokenizer, config, model=model)
     own: dict[str, Any] = {"version": __version__, "kind": checkpoint.header.get("kind"), "network": role}
     exported.architecture["lit_palm"] = own if bias is None else own | {"score_bias": bias}
     return exported
@@ -121,32 +139,32 @@ def _palm(
     checkpoint: Checkpoint,
     config: PaLMConfig,
     weights: Mapping[str, Tensor],
-    role: str,
     tokenizer: Tokenizer,
     dtype: torch.dtype | None,
 ) -> tuple[Exported, float | None]:
     """A PaLM in Cohere's layout, and for a scalar network the constant that its score leaves out."""
-    scalar = f"networks.{role}.head.weight" in weights
-    prefix = f"networks.{role}.trunk." if scalar else f"networks.{role}."
+    scalar = "head.weight" in weights
+    prefix = "trunk." if scalar else ""
     dtype = dtype or weights[f"{prefix}embedding.weight"].dtype
     architecture = cohere_architecture(config, tokenizer, dtype, checkpoint.path)
     made = cohere_weights(config, weights, prefix, dtype)
     bias = None
     if scalar:
-        recipe, bias = scalar_head(weights, f"networks.{role}.", dtype)
+        recipe, bias = scalar_head(weights, dtype)
         made.recipes = {**made.recipes, "score.weight": recipe}
         labels = {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
         architecture |= {"architectures": [CLASSIFIER], **labels}
     return Exported(checkpoint, architecture, tokenizer, config, weights=made), bias
 
 
-def export_huggingface(exported: Exported, target: str, max_shard_size: int) -> None:
+def export_huggingface(exported: Exported, target: str, max_shard_size: int, name: str | None = None) -> None:
     """Write a folder that transformers loads: weights, configuration, tokeniser, generation settings, model card.
 
     Args:
         exported: what to write.
         target: the folder, path or fsspec URL.
         max_shard_size: of one file of weights, in bytes.
+        name: what the model card calls it; None: as the folder.
 
     Raises:
         ValueError: the tokeniser cannot be written, or the target holds something that was not exported.
@@ -161,7 +179,7 @@ def export_huggingface(exported: Exported, target: str, max_shard_size: int) -> 
         else:
             exported.model.save_pretrained(folder, max_shard_size=max_shard_size)
         write_tokenizer(folder, exported.tokenizer, exported.config.max_length, exported.checkpoint.path)
-        name = os.path.basename(target.rstrip("/"))
+        name = name or os.path.basename(target.rstrip("/"))
         with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
             file.write(model_card(exported.checkpoint.header, architecture, name, exported.num_parameters))
         _write_json(folder, "config.json", architecture)
@@ -208,7 +226,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         size = parse_size(args.max_shard_size)
         exported = prepare(args.checkpoint, args.network, args.dtype)
-        export_huggingface(exported, args.folder, size)
+        export_huggingface(exported, args.folder, size, args.push)
     print(f"wrote {args.folder}", file=sys.stderr)
     if args.push is not None:
         from lit_palm.convert.push import push

@@ -24,7 +24,6 @@ __all__ = ["huggingface_model"]
 def huggingface_model(
     config: HuggingFaceConfig,
     weights: Mapping[str, Tensor],
-    role: str,
     tokenizer: Tokenizer,
     dtype: torch.dtype | None,
     where: str,
@@ -33,8 +32,7 @@ def huggingface_model(
 
     Args:
         config: of the network.
-        weights: of the checkpoint.
-        role: of the network in it.
+        weights: of the network, by their names in a checkpoint.
         tokenizer: gives the special ids.
         dtype: of the weights; None: as they are.
         where: the checkpoint, for errors.
@@ -47,8 +45,8 @@ def huggingface_model(
     """
     import transformers
 
-    scalar = f"networks.{role}.head.weight" in weights
-    prefix = f"networks.{role}.trunk.lm." if scalar else f"networks.{role}.lm."
+    scalar = "head.weight" in weights
+    prefix = "trunk.lm." if scalar else "lm."
     state = {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
     own = read_architecture(config.architecture, config.code)
     _set_tokens(own, config, tokenizer)
@@ -60,7 +58,7 @@ def huggingface_model(
                 "lit-palm keeps the reward model as it is"
             )
         own.num_labels = 1
-        recipe, bias = scalar_head(weights, f"networks.{role}.", weights[f"networks.{role}.head.weight"].dtype)
+        recipe, bias = scalar_head(weights, weights["head.weight"].dtype)
         state["score.weight"] = recipe.make()
         make = transformers.AutoModelForSequenceClassification.from_config
     else:

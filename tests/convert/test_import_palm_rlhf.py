@@ -211,6 +211,9 @@ def test_the_four_sizes_are_known_by_shape(size: str, shape: tuple[int, int]) ->
 def test_a_size_of_conceptofmind(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     from lit_palm.foreign import palm_rlhf
 
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     # the smallest has 120 million numbers: the same path with a narrower one under its name
     monkeypatch.setitem(palm_rlhf.CONCEPTOFMIND, "conceptofmind-150m", (32, 2))
     monkeypatch.setattr(palm_rlhf, "CONCEPTOFMIND_VOCABULARY", 270)
