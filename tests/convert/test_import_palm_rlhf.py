@@ -209,9 +209,9 @@ def test_the_four_sizes_are_known_by_shape(size: str, shape: tuple[int, int]) ->
 
 @torch.no_grad()
 def test_a_size_of_conceptofmind(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    from lit_palm.foreign import palm_rlhf
-
     import huggingface_hub.constants
+
+    from lit_palm.foreign import palm_rlhf
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     # the smallest has 120 million numbers: the same path with a narrower one under its name
