@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-__all__ = ["model_card"]
+__all__ = ["adapter_card", "model_card"]
 
 _KINDS = {
     "language_model": "a language model, trained on text or demonstrations",
@@ -83,13 +83,46 @@ def model_card(header: dict[str, Any], architecture: dict[str, Any], name: str, 
             f"A score here is that of the checkpoint less the constant {own['score_bias']:.6g}, because this layout "
             "has no bias (`lit_palm.score_bias` in config.json). Comparisons are the same.\n"
         )
-    lines.append("## Training\n")
-    lines += [f"- {label}: {text}" for label, text in _facts(header).items()]
+    return "\n".join([*lines, *_training(header)]) + "\n"
+
+
+def adapter_card(header: dict[str, Any], name: str, base: str | None, scalar: bool, bias: float) -> str:
+    """The text of `README.md` of an adapter.
+
+    Args:
+        header: of the checkpoint.
+        name: of the folder or repository.
+        base: folder or hub name of the frozen network; None: not known.
+        scalar: it is a reward model's.
+        bias: the constant that a reward model's score leaves out.
+    """
+    front: dict[str, Any] = {"library_name": "peft", "tags": ["lit-palm", "rlhf", "lora"]}
+    if base is not None:
+        front["base_model"] = base
+    kind = "AutoPeftModelForSequenceClassification" if scalar else "AutoPeftModelForCausalLM"
+    labels = ", num_labels=1" if scalar else ""
+    known = base or "the base model, exported beside it by `lit-palm export`"
+    lines = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
+        f"# {name}\n",
+        f"A LoRA adapter on {known}: {_KINDS.get(header.get('kind', ''), 'a network')}. Written by `lit-palm export`."
+        "\n",
+        f'```python\nfrom peft import {kind}\n\nmodel = {kind}.from_pretrained("{name}"{labels})\n```\n',
+    ]
+    if bias:
+        lines.append(
+            f"A score here is that of the checkpoint less the constant {bias:.6g}; comparisons are the same.\n"
+        )
+    return "\n".join([*lines, *_training(header)]) + "\n"
+
+
+def _training(header: dict[str, Any]) -> list[str]:
+    lines = ["## Training\n", *(f"- {label}: {text}" for label, text in _facts(header).items())]
     config = header.get("config")
     if config:
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, default_flow_style=False)
         lines.append(f"\nThe whole configuration:\n\n```yaml\n{text}```")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _facts(header: dict[str, Any]) -> dict[str, str]:

@@ -15,7 +15,7 @@ import json
 import os
 import sys
 from argparse import ArgumentError
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lit_palm.convert.card import model_card
+from lit_palm.convert.chosen import StoredWeights, choose
 from lit_palm.convert.cohere import CLASSIFIER, cohere_architecture, cohere_weights, scalar_head
 from lit_palm.convert.folder import new_folder
 from lit_palm.convert.huggingface import huggingface_model
@@ -31,10 +32,8 @@ from lit_palm.convert.tokenizer_files import write_tokenizer
 from lit_palm.data.tokenizers import Tokenizer
 from lit_palm.foreign.network import Weights
 from lit_palm.models.base import NetworkConfig
-from lit_palm.models.huggingface_config import HuggingFaceConfig
 from lit_palm.models.palm import PaLMConfig
-from lit_palm.models.weights import Source
-from lit_palm.modules.checkpoint import Checkpoint, Role, config_from_dict, export_folder, read_checkpoint
+from lit_palm.modules.checkpoint import Checkpoint, Role, export_folder
 from lit_palm.modules.storage import is_local
 from lit_palm.modules.weights import blueprint
 from lit_palm.version import __version__
@@ -42,24 +41,6 @@ from lit_palm.version import __version__
 __all__ = ["Exported", "export_huggingface", "main", "prepare"]
 
 DTypes = Literal["auto", "float32", "float16", "bfloat16"]
-
-
-class StoredWeights(Mapping[str, Tensor]):
-    """The weights of one network of a checkpoint by name, whole, each read (or put together) when it is asked for."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.known = dict.fromkeys(source.names())
-
-    def __getitem__(self, name: str) -> Tensor:
-        shape = self.source.shape(name) if name in self.known else ()
-        return self.source.rows(name, 0, shape[0] if shape else 1).reshape(tuple(shape))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.known)
-
-    def __len__(self) -> int:
-        return len(self.known)
 
 
 @dataclass
@@ -99,30 +80,12 @@ def prepare(path: str, network: Role | None = None, dtype: DTypes = "auto") -> E
         dtype: of the weights; auto: as they are.
 
     Raises:
-        ValueError: as `read_checkpoint`, it has no such network or no tokeniser, or there is no layout for it.
+        ValueError: as `choose`, or the network has what the layout has not.
     """
-    checkpoint = read_checkpoint(path, header_only=True)
-    networks = checkpoint.header["networks"]
-    roles: tuple[Role, ...] = ("policy", "reward", "value") if network is None else (network,)
-    role = next((r for r in roles if r in networks), None)
-    if role is None:
-        raise ValueError(f"{path}: has no {network or 'network'}; it holds {', '.join(networks)}")
-    tokenizer = checkpoint.tokenizer
-    if tokenizer is None:
-        raise ValueError(f"{path}: carries no tokeniser, and what is exported needs one")
-    config = config_from_dict(networks[role], path)
-    if networks[role].get("pooling") == "mean":
-        raise ValueError(
-            f"{path}: its {role} network pools the mean over positions, and sequence classifiers of transformers read "
-            "the last token: train with pooling: last, or keep it as it is with --format lit-palm"
-        )
-    if not isinstance(config, PaLMConfig | HuggingFaceConfig):
-        raise ValueError(
-            f"{path}: its {role} network is a {type(config).__name__}, for which transformers has no layout: --format "
-            "lit-palm keeps it as it is"
-        )
+    chosen = choose(path, network)
+    checkpoint, config, tokenizer = chosen.checkpoint, chosen.config, chosen.tokenizer
     wanted = None if dtype == "auto" else getattr(torch, dtype)
-    weights = StoredWeights(blueprint(path, role).source)
+    weights = StoredWeights(blueprint(path, chosen.role).source)
     if isinstance(config, PaLMConfig):
         exported, bias = _palm(checkpoint, config, weights, tokenizer, wanted)
     else:
@@ -130,7 +93,7 @@ def prepare(path: str, network: Role | None = None, dtype: DTypes = "auto") -> E
         architecture = json.loads(model.config.to_json_string(use_diff=True))
         architecture["architectures"] = [type(model).__name__]
         exported = Exported(checkpoint, architecture, tokenizer, config, model=model)
-    own: dict[str, Any] = {"version": __version__, "kind": checkpoint.header.get("kind"), "network": role}
+    own: dict[str, Any] = {"version": __version__, "kind": checkpoint.header.get("kind"), "network": chosen.role}
     exported.architecture["lit_palm"] = own if bias is None else own | {"score_bias": bias}
     return exported
 
@@ -206,6 +169,13 @@ def main(argv: Sequence[str]) -> int:
         help="huggingface: a folder of transformers; gguf: one of llama.cpp; lit-palm: all networks, for stages here.",
     )
     parser.add_argument("--network", type=Role | None, help="Which network; by default the policy, else the reward.")
+    parser.add_argument(
+        "--lora",
+        type=Literal["merged", "adapter"],
+        default="merged",
+        help="Of a LoRA checkpoint: merged into the weights, or the adapter alone, for `peft` over the base.",
+    )
+    parser.add_argument("--base", type=str | None, help="Where that base is in transformers: folder or hub name.")
     parser.add_argument("--dtype", type=DTypes, default="auto", help="Type of the weights; auto: as they are.")
     parser.add_argument("--max_shard_size", type=str, default="5GB", help="Of one file of weights.")
     parser.add_argument("--push", type=str | None, help="Also upload the folder to this repository of the hub.")
@@ -214,6 +184,8 @@ def main(argv: Sequence[str]) -> int:
         args = parser.parse_args(list(argv))
     except ArgumentError as error:
         raise ValueError(str(error)) from error
+    if args.lora == "adapter" and args.format != "huggingface":
+        raise ValueError(f"--lora adapter writes a folder of peft, not --format {args.format}")
     if args.push is not None:
         _check_push(args.push, args.format, args.folder)
     if args.format == "lit-palm":
@@ -223,6 +195,10 @@ def main(argv: Sequence[str]) -> int:
         from lit_palm.convert.gguf_file import write_gguf
 
         write_gguf(prepare(args.checkpoint, args.network, args.dtype), args.folder)
+    elif args.lora == "adapter":
+        from lit_palm.convert.adapter import export_adapter
+
+        export_adapter(choose(args.checkpoint, args.network), args.folder, args.base, args.push)
     else:
         size = parse_size(args.max_shard_size)
         exported = prepare(args.checkpoint, args.network, args.dtype)

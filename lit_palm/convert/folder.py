@@ -16,6 +16,7 @@ from typing import Any
 
 import fsspec
 
+from lit_palm.data.tokenizer_base import TOKENIZER_FILE
 from lit_palm.modules.storage import is_local, local_path
 
 __all__ = ["new_folder"]
@@ -87,7 +88,9 @@ def _names(filesystem: Any, inner: str) -> list[str]:
 
 
 def _ours(filesystem: Any, inner: str) -> bool:
-    """Whether the folder is an earlier export: its configuration says so."""
+    """Whether the folder is an earlier export: its configuration says so, or an adapter has our tokeniser with it."""
+    if filesystem.exists(f"{inner}/adapter_config.json") and filesystem.exists(f"{inner}/{TOKENIZER_FILE}"):
+        return True
     try:
         with filesystem.open(f"{inner}/{_LAST}", "r", encoding="utf-8") as file:
             found = json.load(file)
