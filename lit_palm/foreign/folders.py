@@ -84,10 +84,10 @@ def foreign_weights(path: str) -> Mapping[str, Tensor]:
     files = SafetensorsFiles(index_of(place))
     head = find_head(files, str(place)) if role == "reward" else None
     below = f"networks.{role}.trunk.lm." if head else f"networks.{role}.lm."
-    names = rename(config, files)
+    names = rename(config, files, below_head=head is not None)
     trunk: Mapping[str, Tensor] = files
     if names is None:  # transformers knows how to put this model's weights together
-        trunk = whole_model(path, config)
+        trunk = whole_model(path, config, below_head=head is not None)
         names = {name: name for name in trunk}
     weights = Renamed(trunk, names, below)
     return weights.with_head(head.tensors(), f"networks.{role}.") if head else weights

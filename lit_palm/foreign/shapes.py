@@ -60,13 +60,20 @@ class Renamed(Mapping[str, Tensor]):
         return tuple(of(there)) if of is not None else tuple(self._weights[there].shape)
 
 
-def rename(config: HuggingFaceConfig, there: Mapping[str, Tensor]) -> dict[str, str] | None:
+def rename(
+    config: HuggingFaceConfig, there: Mapping[str, Tensor], below_head: bool = False
+) -> dict[str, str] | None:
     """For each weight of the model, its name in a folder; None when some are not to be found under a name like theirs.
 
     What a folder holds beside them (masks and frequencies that older versions wrote, a tied output weight) is passed
     over.
+
+    Args:
+        config: of the model.
+        there: the weights of the folder.
+        below_head: the model is the trunk of a scalar network, which has no output weight.
     """
-    lm = _skeleton(config)
+    lm = _skeleton(config, below_head)
     base = f"{lm.base_model_prefix}."
     names = {}
     for name, _ in named_weights(lm):
@@ -79,7 +86,7 @@ def rename(config: HuggingFaceConfig, there: Mapping[str, Tensor]) -> dict[str, 
     return names
 
 
-def whole_model(path: str, config: HuggingFaceConfig, **options: Any) -> dict[str, Tensor]:
+def whole_model(path: str, config: HuggingFaceConfig, below_head: bool = False, **options: Any) -> dict[str, Tensor]:
     """All weights of the model, as `transformers` reads them, by the names of our network.
 
     Raises:
@@ -93,15 +100,18 @@ def whole_model(path: str, config: HuggingFaceConfig, **options: Any) -> dict[st
     except Exception as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path}: transformers cannot read its weights ({why})") from error
-    lost = sorted(found["missing_keys"])
+    own = {name for name, _ in named_weights(_skeleton(config, below_head))}
+    lost = sorted(set(found["missing_keys"]) & own)
     if lost:
         more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
         raise ValueError(f"{path}: the weights of the model lack {', '.join(lost[:3])}{more}")
-    own = {name for name, _ in named_weights(_skeleton(config))}
     return {name: tensor.detach() for name, tensor in named_weights(model) if name in own}
 
 
-def _skeleton(config: HuggingFaceConfig) -> Any:
+def _skeleton(config: HuggingFaceConfig, below_head: bool) -> Any:
     """The model of `transformers` without memory."""
     with torch.device("meta"):
-        return config.build().lm
+        network: Any = config.build()
+    if below_head:
+        network.drop_output()
+    return network.lm

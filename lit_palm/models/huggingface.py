@@ -52,6 +52,7 @@ class HuggingFaceNetwork(Network):
             )
         own = self.lm.config.get_text_config(decoder=True)
         self.tied: bool = bool(getattr(own, "tie_word_embeddings", False))
+        """The output weight is the embedding's."""
         if self.tied:  # one parameter of one name: a second reference would part from it when weights are spread
             self.lm.set_output_embeddings(nn.Identity())
         scale = float(getattr(own, "logit_scale", None) or 1.0)  # Cohere
@@ -76,6 +77,16 @@ class HuggingFaceNetwork(Network):
             assert kept is not None and moved is not None
             module._buffers[name] = kept.to(moved.device)
         return self
+
+    def drop_output(self) -> list[str]:
+        """See `Network.drop_output`; from then on the embedding stands in for the output weight."""
+        if self.tied:
+            return []
+        weight = self.lm.get_output_embeddings().weight
+        names = [name for name, parameter in self.named_parameters() if parameter is weight]
+        self.lm.set_output_embeddings(nn.Identity())
+        self.tied = True
+        return names
 
     @property
     def output_weight(self) -> Tensor:
