@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lit_palm.convert.card import adapter_card
-from lit_palm.convert.chosen import Chosen, StoredWeights
+from lit_palm.convert.chosen import Chosen
 from lit_palm.convert.cohere import cohere_architecture, scalar_head
 from lit_palm.convert.folder import new_folder
 from lit_palm.convert.tokenizer_files import write_tokenizer
@@ -24,6 +24,7 @@ from lit_palm.models.base import NetworkConfig
 from lit_palm.models.palm import PaLMConfig
 from lit_palm.modules.safetensors_file import write_safetensors
 from lit_palm.modules.weights import blueprint
+from lit_palm.modules.whole import WholeWeights
 
 __all__ = ["adapter_weights", "export_adapter"]
 
@@ -107,7 +108,7 @@ def export_adapter(chosen: Chosen, target: str, base: str | None = None, name: s
     targets = sorted({key.rpartition(".lora_")[0].rpartition(".")[2] for key in weights})
     scalar, bias = found.pooling is not None, 0.0
     if scalar:
-        recipe, bias = scalar_head(StoredWeights(found.source), _whole(adapted.weights, "head.weight").dtype)
+        recipe, bias = scalar_head(WholeWeights(path, chosen.role), _whole(adapted.weights, "head.weight").dtype)
         weights["base_model.model.score.weight"] = recipe.make()
     lora = adapted.lora
     described = LoraConfig(

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from lit_palm.data.tokenizers import Tokenizer
 from lit_palm.models.huggingface_config import HuggingFaceConfig
 from lit_palm.models.palm import PaLMConfig
-from lit_palm.models.weights import Source
 from lit_palm.modules.checkpoint import Checkpoint, Role, config_from_dict, read_checkpoint
 
-__all__ = ["Chosen", "StoredWeights", "choose"]
+__all__ = ["Chosen", "choose"]
 
 
 @dataclass
@@ -24,24 +20,6 @@ class Chosen:
     role: Role
     config: PaLMConfig | HuggingFaceConfig
     tokenizer: Tokenizer
-
-
-class StoredWeights(Mapping[str, Tensor]):
-    """The weights of one network of a checkpoint by name, whole, each read (or put together) when it is asked for."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.known = dict.fromkeys(source.names())
-
-    def __getitem__(self, name: str) -> Tensor:
-        shape = self.source.shape(name) if name in self.known else ()
-        return self.source.rows(name, 0, shape[0] if shape else 1).reshape(tuple(shape))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.known)
-
-    def __len__(self) -> int:
-        return len(self.known)
 
 
 def choose(path: str, network: Role | None = None) -> Chosen:

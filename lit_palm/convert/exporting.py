@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lit_palm.convert.card import model_card
-from lit_palm.convert.chosen import StoredWeights, choose
+from lit_palm.convert.chosen import choose
 from lit_palm.convert.cohere import CLASSIFIER, cohere_architecture, cohere_weights, scalar_head
 from lit_palm.convert.folder import new_folder
 from lit_palm.convert.huggingface import huggingface_model
@@ -35,7 +35,7 @@ from lit_palm.models.base import NetworkConfig
 from lit_palm.models.palm import PaLMConfig
 from lit_palm.modules.checkpoint import Checkpoint, Role, export_folder
 from lit_palm.modules.storage import is_local
-from lit_palm.modules.weights import blueprint
+from lit_palm.modules.whole import WholeWeights
 from lit_palm.version import __version__
 
 __all__ = ["Exported", "export_huggingface", "main", "prepare"]
@@ -85,7 +85,7 @@ def prepare(path: str, network: Role | None = None, dtype: DTypes = "auto") -> E
     chosen = choose(path, network)
     checkpoint, config, tokenizer = chosen.checkpoint, chosen.config, chosen.tokenizer
     wanted = None if dtype == "auto" else getattr(torch, dtype)
-    weights = StoredWeights(blueprint(path, chosen.role).source)
+    weights = WholeWeights(path, chosen.role)
     if isinstance(config, PaLMConfig):
         exported, bias = _palm(checkpoint, config, weights, tokenizer, wanted)
     else:
