@@ -93,9 +93,7 @@ def export_adapter(chosen: Chosen, target: str, base: str | None = None, name: s
     found = blueprint(path, chosen.role)
     adapted: Any = getattr(found, "adapted", None)
     if adapted is None:
-        raise ValueError(
-            f"{path}: its {chosen.role} network has no adapter; leave --lora adapter out to export the whole"
-        )
+        raise ValueError(f"{path}: its {chosen.role} network has no adapter: leave --lora adapter out")
     try:
         from peft import LoraConfig, TaskType
     except ImportError as error:

@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+from torch import Tensor
+
 from lit_palm.convert.folder import check_target, new_folder
 from lit_palm.data.tokenizers import Tokenizer, load_tokenizer
-from lit_palm.foreign import fetch
 from lit_palm.foreign.cohere import read_architecture, read_cohere
 from lit_palm.foreign.network import ForeignNetwork
 from lit_palm.foreign.palm_rlhf import CONCEPTOFMIND, PaLMRLHFOptions, is_palm_rlhf, read_palm_rlhf
@@ -62,7 +64,7 @@ def import_network(
     if preset is not None and preset not in CONCEPTOFMIND:
         raise ValueError(f"--preset {preset}: choose one of {', '.join(CONCEPTOFMIND)}")
     check_target(target)
-    source = fetch(source) or source
+    source = _local(source)
     found = read(source, options, preset)
     found.tokenizer = _tokenizer(source, tokenizer, found)
     wide, known = found.tokenizer.vocab_size, found.config.vocab_size or 0
@@ -71,7 +73,7 @@ def import_network(
             f"{source}: has {known} token ids and its tokeniser {wide}: name the one it was trained with by --tokenizer"
         )
     with new_folder(target) as folder:
-        _write(folder, found)
+        _write(folder, found, target if "://" in target else os.path.abspath(target))
     return found
 
 
@@ -112,6 +114,35 @@ def _config_of(folder: str) -> dict[str, Any]:
     return found if isinstance(found, dict) and "networks" in found else read_architecture(folder)
 
 
+def _local(source: str) -> str:
+    """A file or folder here: the one that is named, or what the hub has under that name.
+
+    Raises:
+        ValueError: a folder holds several checkpoints, or the hub does not provide it.
+    """
+    if (
+        not os.path.exists(source)
+        and re.fullmatch(r"[\w.-]+/[\w.-]+", source)
+        and not source.endswith((".pt", ".ckpt"))
+    ):
+        from huggingface_hub import snapshot_download
+
+        try:
+            source = snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.pt"])
+        except Exception as error:  # of the hub's client: offline, unknown, private
+            why = (str(error).strip().splitlines() or [""])[0]
+            raise ValueError(
+                f"{source}: there is no such file or folder here, and the hub did not provide it ({why})"
+            ) from error
+    if os.path.isdir(source) and not os.path.exists(os.path.join(source, "config.json")):
+        found = sorted(name for name in os.listdir(source) if name.endswith(".pt"))
+        if len(found) > 1:
+            raise ValueError(f"{source}: holds {', '.join(found)}: name one of them")
+        if found:
+            return os.path.join(source, found[0])
+    return source
+
+
 def _tokenizer(source: str, given: str | None, found: ForeignNetwork) -> Tokenizer:
     if given is not None:
         chosen = load_tokenizer(given)
@@ -139,17 +170,12 @@ def _tokenizer(source: str, given: str | None, found: ForeignNetwork) -> Tokeniz
     return chosen
 
 
-def _write(folder: str, found: ForeignNetwork) -> None:
+def _write(folder: str, found: ForeignNetwork, final: str) -> None:
+    """Fill a folder that will be at `final`."""
     assert found.tokenizer is not None
     weights = found.weights
     names = {name: name for name in weights}
     write_safetensors(os.path.join(folder, f"{found.role}.safetensors"), names, weights, weights.shapes)
-    for scope, (described, tensors) in found.adapters.items():
-        kept = os.path.join(folder, f"adapter-{scope}")
-        os.makedirs(kept)
-        write_safetensors(os.path.join(kept, "adapter_model.safetensors"), {name: name for name in tensors}, tensors)
-        with open(os.path.join(kept, "adapter_config.json"), "w", encoding="utf-8") as file:
-            json.dump(described, file, indent=2)
     network = config_to_dict(found.config)
     if found.pooling is not None:
         network["pooling"] = found.pooling
@@ -161,8 +187,33 @@ def _write(folder: str, found: ForeignNetwork) -> None:
         "tokenizer": found.tokenizer.to_dict(),
         "imported": {"from": os.path.basename(found.where.rstrip("/")), "notes": found.notes},
     }
-    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
-        json.dump(header, file, indent=2)
+    for scope, (described, tensors) in found.adapters.items():
+        _write_adapter(os.path.join(folder, f"adapter-{scope}"), header, found.role, final, described, tensors)
+    _write_json(folder, "config.json", header)
+
+
+def _write_adapter(
+    folder: str, header: dict[str, Any], role: str, base: str, described: dict[str, Any], tensors: dict[str, Tensor]
+) -> None:
+    """An adapter for `peft`, and beside it the same as a LoRA checkpoint that stages here go on with."""
+    os.makedirs(folder)
+    write_safetensors(os.path.join(folder, "adapter_model.safetensors"), {name: name for name in tensors}, tensors)
+    _write_json(folder, "adapter_config.json", described)
+    # as lit_palm.modules.adapters has it: `trunk.LAYER.lora_A.ROLE.weight`
+    names = {re.sub(r"^base_model\.model\.(.*)\.weight$", rf"trunk.\1.{role}.weight", name): name for name in tensors}
+    write_safetensors(os.path.join(folder, f"{role}.safetensors"), names, tensors)
+    lora = {
+        "rank": described["r"],
+        "alpha": float(described["lora_alpha"]),
+        "targets": described["target_modules"],
+        "base": {"path": base, "role": role, "seed": None, "fingerprint": None},
+    }
+    _write_json(folder, "config.json", header | {"networks": {role: header["networks"][role] | {"lora": lora}}})
+
+
+def _write_json(folder: str, name: str, data: dict[str, Any]) -> None:
+    with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+        json.dump(data, file, indent=2)
 
 
 def main(argv: Sequence[str]) -> int:

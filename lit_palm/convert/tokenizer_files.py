@@ -63,7 +63,10 @@ def exported_template(tokenizer: Tokenizer) -> str | None:
     if not template or not begin:
         return template
     messages = [{"role": "user", "content": "x"}]
-    text = render(messages, template, add_generation_prompt=True, spans=False, **tokenizer.template_tokens).text
+    try:
+        text = render(messages, template, add_generation_prompt=True, spans=False, **tokenizer.template_tokens).text
+    except ValueError:  # one that refuses so short a conversation; it is not for an export to judge
+        return template
     return template if text.startswith(begin) else "{{- bos_token }}" + template
 
 

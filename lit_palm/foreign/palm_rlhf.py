@@ -181,6 +181,11 @@ def _decide_scope(
 def _without_wrappers(tensors: Tensors) -> tuple[Tensors, list[str], bool]:
     """The network's own names; what else is in the file and left out; and whether it is a reward model."""
     ends = [name.removesuffix("token_emb.weight") for name in tensors if name.endswith("token_emb.weight")]
+    if not ends:  # safetensors keeps one of two names of a weight
+        kept = {name: name.removesuffix("to_logits.weight") for name in tensors if name.endswith("to_logits.weight")}
+        again = {name: name for name in tensors if name not in kept}
+        tensors = tensors.renamed(again | {f"{prefix}token_emb.weight": name for name, prefix in kept.items()})
+        ends = list(kept.values())
     if not ends:
         raise ValueError(f"{tensors.where}: has no token_emb.weight, so it is no PaLM of palm-rlhf-pytorch")
     if len(ends) > 1:  # an actor-critic, as its trainers save

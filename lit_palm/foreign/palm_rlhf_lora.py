@@ -1,8 +1,9 @@
 """LoRA scopes of palm-rlhf-pytorch: `finetune_modules.SCOPE.LAYER.{0..3}.{A,B}` for q, k, v and the output.
 
 There y = W x + (A B)^T x with A [D, r], B [r, out] and alpha = r. Queries, keys and values are rows of one weight here,
-so their three adapters are one of rank 3r whose B is block-diagonal: exactly the same function. It is kept in the
-layout of `peft`, on `attn_ffn_in` and `attn_out`, with alpha = rank.
+so their three adapters are one of rank 3r whose B is block-diagonal: exactly the same function. The output's is given
+the same rank, with columns of zeros in B, because adapters here have one rank. It is kept in the layout of `peft`, on
+`attn_ffn_in` and `attn_out`, with alpha = rank.
 """
 
 from __future__ import annotations
@@ -93,8 +94,9 @@ def adapter(tensors: Tensors, config: PaLMConfig, scope: str) -> tuple[dict[str,
         rest = 2 * (config.d_ffn or 4 * config.d_model)
         weights[f"{stem}.attn_ffn_in.lora_A.weight"] = torch.cat([a.t() for a, _ in qkv])
         weights[f"{stem}.attn_ffn_in.lora_B.weight"] = torch.cat((block, block.new_zeros(rest, block.shape[1])))
-        weights[f"{stem}.attn_out.lora_A.weight"] = a_out.t().contiguous()
-        weights[f"{stem}.attn_out.lora_B.weight"] = b_out.t().contiguous()
+        # what is added to A is read by zeros of B; were it zero too, neither would ever get a gradient
+        weights[f"{stem}.attn_out.lora_A.weight"] = torch.cat([a_out.t()] * 3)
+        weights[f"{stem}.attn_out.lora_B.weight"] = torch.cat((b_out.t(), b_out.new_zeros(b_out.shape[1], 2 * rank)), 1)
     described = {
         "peft_type": "LORA",
         "task_type": None,
@@ -102,8 +104,6 @@ def adapter(tensors: Tensors, config: PaLMConfig, scope: str) -> tuple[dict[str,
         "target_modules": ["attn_ffn_in", "attn_out"],
         "r": 3 * rank,
         "lora_alpha": 3 * rank,
-        "rank_pattern": {"attn_out": rank},
-        "alpha_pattern": {"attn_out": rank},
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

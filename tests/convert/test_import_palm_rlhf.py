@@ -139,7 +139,10 @@ def test_a_kept_scope_is_an_adapter_of_peft(tmp_path: Path) -> None:
     adapted = inject_adapter_in_model(LoraConfig(**described), imported)
     found = set_peft_model_state_dict(adapted, load_file(folder / "adapter-actor" / "adapter_model.safetensors"))
     assert not found.unexpected_keys
-    assert (adapted(tokens()) - network(tokens(), finetune_scope="actor")).abs().max() < TOLERANCE
+    expected = network(tokens(), finetune_scope="actor")
+    assert (adapted(tokens()) - expected).abs().max() < TOLERANCE
+    pytest.importorskip("lit_palm.modules.adapters")
+    assert (policy(folder / "adapter-actor")(tokens()) - expected).abs().max() < TOLERANCE  # and a checkpoint of ours
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -271,6 +274,35 @@ def test_no_code_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
             return (print, ("run",))
 
     assert "cannot be read safely" in refused(capsys, tmp_path, {"x": Evil()})
+
+
+@torch.no_grad()
+def test_either_name_of_the_tied_weight_will_do(tmp_path: Path) -> None:
+    network = theirs()
+    for dropped in ("token_emb.weight", "to_logits.weight"):
+        state = {k: v for k, v in network.state_dict().items() if k != dropped}
+        imported = policy(run(tmp_path, state, name="palm.safetensors"))
+        assert (imported(tokens()) - network(tokens())).abs().max() < TOLERANCE
+
+
+def test_a_name_on_the_hub(tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    import huggingface_hub
+
+    asked: list[str] = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append(name)
+        assert "*.pt" in allow_patterns and "*.py" not in allow_patterns
+        return str(tmp_path / "cached")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    (tmp_path / "cached").mkdir()
+    torch.save(theirs().state_dict(), tmp_path / "cached" / "palm_v0.pt")
+    arguments = ["import", "somebody/palm-tiny", str(tmp_path / "imported"), "--tokenizer", "bytes"]
+    assert main(arguments) == 0 and asked == ["somebody/palm-tiny"]
+    torch.save({}, tmp_path / "cached" / "palm_v1.pt")
+    assert main(arguments) == 2
+    assert "holds palm_v0.pt, palm_v1.pt: name one of them" in capsys.readouterr().err
 
 
 def test_safetensors_and_types_are_kept(tmp_path: Path) -> None:
