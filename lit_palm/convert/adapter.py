@@ -108,7 +108,7 @@ def export_adapter(chosen: Chosen, target: str, base: str | None = None, name: s
     if scalar:
         recipe, bias = scalar_head(WholeWeights(path, chosen.role), _whole(adapted.weights, "head.weight").dtype)
         weights["base_model.model.score.weight"] = recipe.make()
-    lora = adapted.lora
+    lora, layers = adapted.lora, {key.rpartition(".lora_")[0] for key in adapted.weights.names() if ".lora_" in key}
     described = LoraConfig(
         task_type=TaskType.SEQ_CLS if scalar else TaskType.CAUSAL_LM,
         base_model_name_or_path=base,
@@ -116,6 +116,8 @@ def export_adapter(chosen: Chosen, target: str, base: str | None = None, name: s
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
+        # GPT-2's layers keep their matrices as [in, out]
+        fan_in_fan_out=any(type(adapted.trunk.empty.get_submodule(layer)).__name__ == "Conv1D" for layer in layers),
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         modules_to_save=["score"] if scalar else None,
