@@ -31,7 +31,8 @@ __all__ = ["build_cli", "main", "prepare_process"]
 
 EXTRA_VERBS = {
     "generate": "Complete prompts with a checkpoint, streaming to the terminal.",
-    "export": "Write a checkpoint's networks as safetensors with their configuration and tokeniser.",
+    "import": "Turn weights of palm-rlhf-pytorch or Cohere into a folder that every stage starts from.",
+    "export": "Write a checkpoint for other tools: transformers, vLLM, llama.cpp, or safetensors of our own.",
     "consolidate": "Put a folder of shards together: one safetensors file a network, or one checkpoint file.",
     "plan": "Say what a run needs on which devices: memory, time and cost, and what to change where it does not fit.",
     "plugins": "List objectives, rewards, networks and engines, and where they come from.",
@@ -237,9 +238,13 @@ def run(argv: Sequence[str]) -> int:
             from lit_palm import plan
 
             return plan.main(argv[1:], parse_fit)
+        if verb in ("import", "export"):
+            from lit_palm.convert import exporting, importing
+
+            return (importing if verb == "import" else exporting).main(argv[1:])
         from lit_palm import generate
 
-        mains = {"export": generate.export_main, "consolidate": generate.consolidate_main}
+        mains = {"consolidate": generate.consolidate_main}
         return mains.get(verb, generate.main)(argv[1:])
     if not argv or argv[0] in ("-h", "--help"):
         print("lit-palm also has:\n" + "\n".join(f"  {v:14} {text}" for v, text in EXTRA_VERBS.items()) + "\n")

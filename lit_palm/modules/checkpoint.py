@@ -201,7 +201,8 @@ def read_config(path: str | os.PathLike[str]) -> NetworkConfig:
 def export_folder(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
     """Write the networks and tokeniser of a checkpoint as `config.json` and one safetensors file a network.
 
-    Of a checkpoint on disk one tensor at a time is in memory. `config.json` is written last.
+    Of a checkpoint on disk one tensor at a time is in memory. Adapters are merged into what they stand on.
+    `config.json` is written last.
 
     Raises:
         ValueError: as `read_checkpoint`.
@@ -209,11 +210,21 @@ def export_folder(path: str | os.PathLike[str], folder: str | os.PathLike[str]) 
     checkpoint = read_checkpoint(path, header_only=True)
     os.makedirs(folder, exist_ok=True)
     with open_weights(checkpoint.path) as weights:
-        for role in checkpoint.header["networks"]:
+        for role, entry in checkpoint.header["networks"].items():
+            if "lora" in entry:
+                from lit_palm.modules.whole import WholeWeights
+
+                merged = WholeWeights(path, role)
+                write_safetensors(os.path.join(folder, f"{role}.safetensors"), {name: name for name in merged}, merged)
+                continue
             prefix = f"networks.{role}."
             own = {name.removeprefix(prefix): name for name in weights if name.startswith(prefix)}
             write_safetensors(os.path.join(folder, f"{role}.safetensors"), own, weights)
     header = {k: checkpoint.header[k] for k in ("format", "version", "kind", "networks", "tokenizer")}
+    header["networks"] = {
+        role: {key: value for key, value in entry.items() if key != "lora"}
+        for role, entry in header["networks"].items()
+    }
     new = os.path.join(folder, ".config.json.tmp")
     with open(new, "w", encoding="utf-8") as file:
         json.dump(header, file, indent=2)
