@@ -114,6 +114,7 @@ class Output:
         values: [B, T] state values (with gradient).
         scores: [B] score at the last real token of each row (reward models).
         ref_logps: [B, T] log-probabilities under the reference (offline objectives; rollouts carry theirs).
+        extra: [B, T] each, by name: what the network gives beside, where an objective asks for it in its `extras`.
     """
 
     logps: Tensor | None = None
@@ -122,6 +123,7 @@ class Output:
     values: Tensor | None = None
     scores: Tensor | None = None
     ref_logps: Tensor | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
