@@ -199,8 +199,9 @@ def tiny_output(objective: Objective, experience: Experience, *, seed: int = 0) 
             if value.dim() == 2:
                 value = torch.where(mask, value, 0)
             setattr(output, name, value.detach().requires_grad_())
-    for name in sorted(objective.extras):
-        output.extra[name] = torch.where(mask, normal(*mask.shape), 0).requires_grad_()
+    if objective.extras:
+        drawn = {name: torch.where(mask, normal(*mask.shape), 0) for name in sorted(objective.extras)}
+        output.extra = {name: values.requires_grad_() for name, values in drawn.items()}
     return output
 
 

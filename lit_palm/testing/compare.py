@@ -140,13 +140,14 @@ def tensors_of(output: Output) -> dict[str, Tensor]:
     """What an output holds, by name; what only one network gives under `extra/NAME`."""
     own = {place.name: getattr(output, place.name) for place in fields(output) if place.name != "extra"}
     found = {name: value for name, value in own.items() if value is not None}
-    return found | {f"extra/{name}": value for name, value in output.extra.items()}
+    return found | {f"extra/{name}": value for name, value in (output.extra or {}).items()}
 
 
 def output_of(tensors: dict[str, Tensor]) -> Output:
     """The output that holds what `tensors_of` gave."""
     extra = {name.removeprefix("extra/"): value for name, value in tensors.items() if name.startswith("extra/")}
-    return Output(**{name: value for name, value in tensors.items() if "/" not in name}, extra=extra)  # type: ignore[arg-type]
+    own: dict[str, Any] = {name: value for name, value in tensors.items() if "/" not in name}
+    return Output(**own, extra=extra or None)
 
 
 def alike(one: Any, other: Any, tolerance: float = TOLERANCE) -> bool:

@@ -126,7 +126,7 @@ class Guess(Objective):
         return experience["loss_mask"].sum()
 
     def loss(self, output: Output, experience: Experience) -> Loss:
-        assert output.logps is not None and output.extra.keys() == self.extras
+        assert output.logps is not None and output.extra is not None and output.extra.keys() == self.extras
         mask = experience["loss_mask"]
         above = output.extra["guess"] - output.extra["slow_guess"].detach() - 1
         squared = torch.where(mask, above.square(), 0).sum()

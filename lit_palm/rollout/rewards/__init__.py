@@ -32,7 +32,7 @@ from lit_palm.rollout.rewards.model import RewardModel
 from lit_palm.rollout.rewards.numeric import NumericMatch
 from lit_palm.rollout.rewards.penalties import LengthPenalty, RepetitionPenalty
 from lit_palm.rollout.rewards.regex import RegexReward
-from lit_palm.rollout.rewards.total import total_reward
+from lit_palm.rollout.rewards.total import reward_totals, total_reward
 
 __all__ = [
     "Ensemble",
@@ -47,5 +47,6 @@ __all__ = [
     "RewardBatch",
     "RewardModel",
     "every_reward",
+    "reward_totals",
     "total_reward",
 ]

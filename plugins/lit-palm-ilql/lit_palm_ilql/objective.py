@@ -117,7 +117,7 @@ class ILQL(Objective):
 
     def loss(self, output: Output, experience: Experience) -> Loss:
         """The four terms, summed; metrics `losses/*`, `values/*` and `awac_weight` a token, `reward` a completion."""
-        assert output.logps is not None
+        assert output.logps is not None and output.extra is not None
         mask, extra = experience["loss_mask"], output.extra
         count = mask.sum()
         v = torch.where(mask, extra["v"], 0)
