@@ -75,14 +75,11 @@ def _evaluated(reward: Reward, batch: RewardBatch) -> tuple[dict[str, Tensor], T
     except Exception as error:  # a user's function may raise anything
         raise ValueError(f"reward {reward.name!r} raised {type(error).__name__}: {error}") from error
     named = {reward.name: raw} | {f"{reward.name}/{name}": values for name, values in members.items()}
-    tokens = {name: _of_tokens(name, values, batch) for name, values in named.items() if _is_dense(values)}
+    dense = {name: values for name, values in named.items() if isinstance(values, Tensor) and values.dim() == 2}
+    tokens = {name: _of_tokens(name, values, batch) for name, values in dense.items()}
     sums = {name: values.sum(1) for name, values in tokens.items()}
     scores = {name: _as_scores(name, sums.get(name, values), batch) for name, values in named.items()}
     return scores, tokens.get(reward.name)
-
-
-def _is_dense(raw: Any) -> bool:
-    return isinstance(raw, Tensor) and raw.dim() == 2
 
 
 def _of_tokens(name: str, raw: Tensor, batch: RewardBatch) -> Tensor:
