@@ -100,7 +100,11 @@ def config_to_dict(config: NetworkConfig) -> dict[str, Any]:
     """A network's configuration as plain data: `{class_path, init_args}`."""
     assert dataclasses.is_dataclass(config), f"{type(config).__name__} must be a dataclass"
     cls = type(config)
-    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": dataclasses.asdict(config)}
+    own = dataclasses.asdict(config)
+    for name in own:  # a network around another one holds its configuration
+        inner = getattr(config, name)
+        own[name] = config_to_dict(inner) if isinstance(inner, NetworkConfig) else own[name]
+    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": own}
 
 
 def network_to_dict(network: nn.Module) -> dict[str, Any]:
@@ -128,9 +132,15 @@ def config_from_dict(data: dict[str, Any], where: str) -> NetworkConfig:
     if not (isinstance(cls, type) and issubclass(cls, NetworkConfig)):
         raise ValueError(f"{where}: {data['class_path']} is not a NetworkConfig; the file is not a lit_palm checkpoint")
     try:
-        return cls(**data.get("init_args", {}))
+        return cls(**{k: _inner(v, where) for k, v in data.get("init_args", {}).items()})
     except TypeError as error:
         raise ValueError(f"{where}: written by another version of {data['class_path']}: {error}") from error
+
+
+def _inner(value: Any, where: str) -> Any:
+    """An argument of a configuration, which may be the configuration of a network within it."""
+    nested = isinstance(value, dict) and value.keys() == {"class_path", "init_args"}
+    return config_from_dict(value, where) if nested else value
 
 
 def read_checkpoint(path: str | os.PathLike[str], header_only: bool = False) -> Checkpoint:

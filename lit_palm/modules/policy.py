@@ -100,7 +100,6 @@ class LitPolicy(LitModule):
         self.reference, self.value, self.value_lr = reference, value, value_lr
         self.reference_update = reference_update
         self.precomputed = PrecomputedReference() if precompute_reference else None
-        self._reference_step = 0
         self.rollout = rollout or RolloutConfig()
         self.sampling = sampling or Sampling()
         if "rollouts" in self.objective.needs and self.sampling.temperature <= 0:
@@ -228,14 +227,11 @@ class LitPolicy(LitModule):
         self._place_frozen()
 
     def follow(self) -> None:
-        """Let the reference follow the policy where an update is due, before the next batch or collection.
-
-        Not right after the step: a checkpoint that is saved there holds what comes before the update.
-        """
-        step, update = self.trainer.global_step, self.reference_update
-        if update is not None and update.due(self._reference_step, step):
+        """Let the reference follow the policy too, where an update is due, before the next batch or collection."""
+        update = self.reference_update
+        if update is not None and update.due(self.followed, self.trainer.global_step):
             update.apply(self.networks["reference"], self.networks["policy"])
-        self._reference_step = step
+        super().follow()
 
     # ------------------------------------------------------------------ rollouts
 
@@ -297,7 +293,6 @@ class LitPolicy(LitModule):
 
     def on_train_batch_start(self, batch: Experience, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        self.follow()
         # the loader cannot log: what a collection found out is logged with its first minibatch
         if self.rollouts is not None:
             self.rollouts.fit_epoch()
@@ -317,6 +312,7 @@ class LitPolicy(LitModule):
                 temperature=self.sampling.temperature if "rollouts" in needs else 1.0,
                 entropy="entropy" in needs,
                 log_z="log_z" in needs,
+                extras=self.objective.extras,
             )
         )
         if "value" in needs:
@@ -381,11 +377,6 @@ class LitPolicy(LitModule):
     def header(self) -> dict[str, Any]:
         return super().header() | {"reference": self._reference_id, "engine_agrees": self.engine_agrees}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        if self.reference_update is not None:
-            checkpoint["reference_step"] = self._reference_step
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.starts_as_reference = False
@@ -395,4 +386,4 @@ class LitPolicy(LitModule):
                 "the frozen reference is not the one this run started with: name the same checkpoint as model.network "
                 "(or model.reference), and do not change that file while a run depends on it"
             )
-        self._reference_step = int(checkpoint.get("reference_step", 0))
+        self.followed = int(checkpoint.get("reference_step", self.followed))  # of earlier versions

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -81,19 +81,30 @@ class Below(Source):
         return self.source.rows(self.prefix + name, start, stop)
 
 
-class _Trunk(Source):
-    """A scalar network whose trunk is a language model's, with a fresh head."""
+class _Parts(Source):
+    """A network some parts of which come from elsewhere: a scalar network whose trunk is a language model's.
 
-    def __init__(self, trunk: Source, head: Source, dropped: frozenset[str]) -> None:
-        self.trunk, self.head, self.dropped = trunk, head, dropped
+    Args:
+        parts: their sources, by what the names of their weights begin with.
+        rest: has all weights, of which those of the parts are not asked for.
+        dropped: names of weights of parts that this network does without.
+    """
+
+    def __init__(self, parts: dict[str, Source], rest: Source, dropped: Collection[str] = ()) -> None:
+        self.parts, self.rest, self.dropped = parts, rest, dropped
 
     def _of(self, name: str) -> tuple[Source, str]:
-        below = name.startswith("trunk.")
-        return (self.trunk, name.removeprefix("trunk.")) if below else (self.head, name)
+        start = self.start_of(name)
+        return (self.rest, name) if start is None else (self.parts[start], name.removeprefix(start))
+
+    def start_of(self, name: str) -> str | None:
+        """What the names of the part begin with that a weight belongs to; None: to none."""
+        return next((start for start in self.parts if name.startswith(start)), None)
 
     def names(self) -> Iterable[str]:
-        head = (name for name in self.head.names() if not name.startswith("trunk."))
-        return [*(f"trunk.{name}" for name in self.trunk.names() if name not in self.dropped), *head]
+        theirs = (f"{start}{name}" for start, source in self.parts.items() for name in source.names())
+        theirs = (name for name in theirs if name not in self.dropped)
+        return [*theirs, *(name for name in self.rest.names() if self.start_of(name) is None)]
 
     def shape(self, name: str) -> Sequence[int]:
         source, inner = self._of(name)
@@ -158,15 +169,31 @@ class Blueprint:
         Raises:
             ValueError: those of the checkpoint do not fit the network.
         """
-        if self.pooling is None or (self.stored is not None and not self.trunk_only):
+        if self.stored is None and self.pooling is None and self.config.starts:
+            source: Source = _Parts(self._started(), Fresh(self.empty, self.seed))
+        elif self.pooling is None or (self.stored is not None and not self.trunk_only):
             source = self.stored or Fresh(self.empty, self.seed)
         else:
             assert isinstance(self.empty, ScalarNetwork)
             # named as the language model's own: a value network starts with the policy's weights
             trunk = self.stored or Fresh(self.empty.trunk, self.seed)
-            source = _Trunk(trunk, Fresh(self.empty, self.seed), self.empty.dropped)
+            dropped = [f"trunk.{name}" for name in self.empty.dropped]
+            source = _Parts({"trunk.": trunk}, Fresh(self.empty, self.seed), dropped)
         check_fit(self.empty, source, self.where)
         return source
+
+    def _started(self) -> dict[str, Source]:
+        """The parts of a new network that start as those of checkpoints.
+
+        Raises:
+            ValueError: a checkpoint holds no language model.
+        """
+        found: dict[str, Source] = {}
+        for start, path in self.config.starts.items():
+            inner = blueprint(path)
+            assert inner.stored is not None
+            found[start] = inner.stored
+        return found
 
     def whole(self) -> nn.Module:
         """Make the network as one, on the current device."""
@@ -174,6 +201,9 @@ class Blueprint:
             network = self.structure()
             if self.stored is not None:
                 fill(network, self.source)
+            elif isinstance(self.source, _Parts) and self.pooling is None:  # what is fresh has been drawn
+                parts = self.source
+                fill(network, parts, only=[name for name in parts.names() if parts.start_of(name) is not None])
             return network
         source = self.source  # refuses what does not fit before any memory is taken
         device = torch.get_default_device()

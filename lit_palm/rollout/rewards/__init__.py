@@ -34,7 +34,7 @@ from lit_palm.rollout.rewards.model import RewardModel
 from lit_palm.rollout.rewards.numeric import NumericMatch
 from lit_palm.rollout.rewards.penalties import LengthPenalty, RepetitionPenalty
 from lit_palm.rollout.rewards.regex import RegexReward
-from lit_palm.rollout.rewards.total import total_reward
+from lit_palm.rollout.rewards.total import reward_totals, total_reward
 
 __all__ = [
     "Ensemble",
@@ -50,5 +50,6 @@ __all__ = [
     "RewardModel",
     "SequenceClassifier",
     "every_reward",
+    "reward_totals",
     "total_reward",
 ]
