@@ -23,10 +23,10 @@ def published_answer(text: str) -> str | None:
 class GSM8KAnswer(Reward):
     """Says whether a completion ends in the right number.
 
-    With `check: tolerant` the number of a completion is the first one behind its last "####"; without that, the last one
-    in its last \\boxed{...}; without that, the last one of all. Numbers are compared by value: thousands separators, $,
-    % and trailing zeros make no difference. With `check: published` it is what the dataset's own code extracts (behind
-    "#### ", commas taken out), compared as text: figures are then those of the paper's check.
+    With `check: tolerant` the number of a completion is the first one behind its last "####"; without that, the last
+    one in its last \\boxed{...}; without that, the last one of all. Numbers are compared by value: thousands
+    separators, $, % and trailing zeros make no difference. With `check: published` it is what the dataset's own code
+    extracts (behind "#### ", commas taken out), compared as text: figures are then those of the paper's check.
 
     Args:
         answer: name of the column with the right answer: a number, or a solution that ends in "#### 42".
@@ -62,9 +62,9 @@ class GSM8KAnswer(Reward):
         right = right_answers(batch, self.answer)
         values = []
         for row, (text, answers) in enumerate(zip(batch.completions, right, strict=True)):
-            hit = any([self._equal(text, answer, row) for answer in answers])  # a list: every answer is looked at
+            equal = [self._equal(text, answer, row) for answer in answers]
             formatted = self.format_match if published_answer(text) is not None else 0.0
-            values.append((self.match if hit else self.no_match) + formatted)
+            values.append((self.match if any(equal) else self.no_match) + formatted)
         return values
 
     def _equal(self, text: str, answer: Any, row: int) -> bool:
