@@ -78,7 +78,7 @@ class OASST(Reader):
         for root in self._trees(rows, drop, self.top_k):
             for path in _paths(root):
                 if path[-1].role == "user":  # nobody answered
-                    leaf = path.pop()
+                    leaf, path = path[-1], path[:-1]
                     if not path:
                         drop(leaf.row, "nobody answers the message")
                         continue
