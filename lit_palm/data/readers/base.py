@@ -119,18 +119,19 @@ class Reader(ABC):
             row: as read.
             path: keys from the outside in: "info.post", "summaries[0].text".
             kind: str, int, float (whole numbers too), bool, list, or a tuple of these.
-            null: None, and a key that is missing, are fine and give None.
+            null: None on the way, and the last key missing, are fine and give None.
 
         Raises:
             ValueError: naming file, line, key and what is expected there.
         """
         value: Any = row.columns
-        for part in re.findall(r"[^.\[\]]+", path):
+        parts = re.findall(r"[^.\[\]]+", path)
+        for number, part in enumerate(parts, 1):
             if isinstance(value, Mapping) and part in value:
                 value = value[part]
             elif isinstance(value, (list, tuple)) and part.isdigit() and int(part) < len(value):
                 value = value[int(part)]
-            elif null and (value is None or isinstance(value, Mapping)):
+            elif null and (value is None or (number == len(parts) and isinstance(value, Mapping))):
                 return None
             else:
                 keys = ", ".join(map(repr, value)) if isinstance(value, Mapping) else "none"
