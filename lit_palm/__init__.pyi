@@ -3,6 +3,7 @@
 from lit_palm.data.demonstrations import DemonstrationData as DemonstrationData
 from lit_palm.data.preferences import PreferenceData as PreferenceData
 from lit_palm.data.prompts import PromptData as PromptData
+from lit_palm.data.readers import Reader as Reader
 from lit_palm.data.stream_sources import TextSource as TextSource
 from lit_palm.data.streaming import StreamingTextData as StreamingTextData
 from lit_palm.data.text import TextData as TextData
@@ -36,6 +37,7 @@ from lit_palm.rollout.engine import Generation as Generation
 from lit_palm.rollout.loader import RolloutLoader as RolloutLoader
 from lit_palm.rollout.rewards import Ensemble as Ensemble
 from lit_palm.rollout.rewards import ExactMatch as ExactMatch
+from lit_palm.rollout.rewards import GSM8KAnswer as GSM8KAnswer
 from lit_palm.rollout.rewards import LengthPenalty as LengthPenalty
 from lit_palm.rollout.rewards import NumericMatch as NumericMatch
 from lit_palm.rollout.rewards import PythonReward as PythonReward

@@ -20,13 +20,15 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_palm.data.cache import Columns, ColumnWriter, cache_folder, cached
+from lit_palm.data.faults import count, counted
+from lit_palm.data.limits import LimitedData
 from lit_palm.data.position import position
+from lit_palm.data.readers.base import Reader, View, check_view
 from lit_palm.data.sampler import CountedLoader
 from lit_palm.data.sources import Row, has_splits, read_rows, source_fingerprint
 from lit_palm.data.tokenizers import BPETokenizer, Tokenizer, choose_tokenizer, tokenizer_from_dict
@@ -42,12 +44,12 @@ _STAGES: dict[str, tuple[Stage, ...]] = {
 }
 
 
-class TokenizedData(LightningDataModule, ABC):
+class TokenizedData(LimitedData, ABC):
     """Base class of the data modules.
 
     Args:
         train: training data: a file (jsonl, json, csv, tsv, parquet, txt, arrow), a folder, a glob, an fsspec URL, or a
-            hub dataset (`name` or `name:config`).
+            hub dataset (`name` or `name:config`); None: where the reader's dataset is, if there is a reader.
         validation: validation data, likewise.
         test: test data, likewise.
         predict: data to predict on, likewise.
@@ -67,10 +69,15 @@ class TokenizedData(LightningDataModule, ABC):
             similar length and little padding; 1 leaves the plain shuffle. Packed rows are all of one length.
         seed: chooses the orders.
         cache_dir: where tokenised data is kept; None: $LIT_PALM_CACHE, else ~/.cache/lit_palm.
+        reader: makes the columns that this data module takes from the rows of a published dataset, such as OASST or
+            HHRLHF; all sources are then read by it. It knows the dataset's name on the hub and its splits.
 
     Raises:
         ValueError: when arguments are out of range or do not fit together.
     """
+
+    view: ClassVar[View | None] = None
+    """What it asks a reader for; None: it takes none."""
 
     def __init__(
         self,
@@ -92,8 +99,16 @@ class TokenizedData(LightningDataModule, ABC):
         length_window: int = 1,
         seed: int = 0,
         cache_dir: str | None = None,
+        reader: Reader | None = None,
     ) -> None:
         super().__init__()
+        if reader is not None:
+            check_view(reader, self.view, type(self).__name__)
+            if train is None:
+                train, splits = reader.hub.name, reader.splits(self.view)  # type: ignore[arg-type]
+                if not (validation or validation_fraction):
+                    validation_split = validation_split or ("validation" if "validation" in splits else None)
+                test_split = test_split or ("test" if "test" in splits else None)
         if not 0.0 <= validation_fraction < 1.0:
             raise ValueError(f"data.validation_fraction is {validation_fraction}; it must be in [0, 1)")
         if validation_fraction and (validation or validation_split):
@@ -117,6 +132,7 @@ class TokenizedData(LightningDataModule, ABC):
         self.length_window = length_window
         self.seed = seed
         self.cache_dir = cache_dir
+        self.reader = reader
         self._given_tokenizer = tokenizer
         self._elements: dict[Stage, Any] = {}
         self._position: dict[str, int] = {"epoch": 0, "batch": 0}
@@ -149,6 +165,8 @@ class TokenizedData(LightningDataModule, ABC):
 
     def identity(self, source: str, split: str) -> str:
         """Changes when the data of a source may have changed."""
+        if self.reader is not None and self.view is not None:
+            return self.reader.identity(source, split, self.view)
         return source_fingerprint(source, split)
 
     # ---- Lightning's hooks
@@ -178,6 +196,9 @@ class TokenizedData(LightningDataModule, ABC):
     def ready(self, stage: Stage, tokenizer: Tokenizer) -> Any:
         """What the loader of a stage is made from: tokenised, or found in the cache."""
         columns = self._tokenised(stage, tokenizer)
+        left_out = counted(columns.meta.get("left_out", {}))
+        if left_out and not (stage == "validation" and self._from_train(stage)):  # the same rows, told already
+            rank_zero_warn(f"{type(self.reader).__name__} left rows out of {stage}\n" + _indented(left_out))
         elements = self.elements(columns, tokenizer)
         if stage == "train":
             order = [len(elements), self.shuffle, self.length_window, self.seed]
@@ -221,48 +242,13 @@ class TokenizedData(LightningDataModule, ABC):
                     f" processes), now there are {now[name]}: this epoch will miss or repeat some of the data"
                 )
 
-    # ---- limits of the network
-
-    def network_limit(self, name: str) -> int | None:
-        """`context_length` or `vocab_size` of the module that will train on this data, None where it does not say."""
-        value = getattr(self._module, name, None)
-        return value if isinstance(value, int) else None
-
-    def check_length(self, length: int, key: str) -> None:
-        """Refuse rows that are longer than the network's context.
-
-        Raises:
-            ValueError: naming the argument.
-        """
-        context = self.network_limit("context_length")
-        if context is not None and length > context:
-            raise ValueError(f"data.{key} is {length}, but the network's context is {context} tokens; lower data.{key}")
-
-    def _check_network(self) -> None:
-        known = self.network_limit("vocab_size")
-        if known is not None and self.tokenizer.vocab_size > known:
-            raise ValueError(
-                f"the tokenizer has {self.tokenizer.vocab_size} ids, the network's vocab_size is {known}: a token id"
-                " would be outside the vocabulary; take the tokenizer the network was trained with, or leave a new"
-                " network's vocab_size out to follow the tokenizer"
-            )
-
-    @property
-    def _module(self) -> Any:
-        return self.trainer.lightning_module if self.trainer is not None else None
-
-    def _ranks(self) -> tuple[int, int]:
-        # the data-parallel rank, whatever the strategy
-        kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
-
     # ---- from source to columns
 
     def _source(self, stage: Stage) -> tuple[str, str, int | None]:
         source, split = self.sources[stage]
         assert source is not None
         if stage != "train" and (source, split) != self.sources["train"] and source == self.sources["train"][0]:
-            if not has_splits(source):
+            if not (has_splits(source) if self.reader is None else self.reader.has_splits(source)):
                 raise ValueError(
                     f"{source}: this is no dataset with splits, so data.{stage}_split={split!r} names nothing; set"
                     f" data.{stage} to a file of its own, or data.validation_fraction"
@@ -272,17 +258,26 @@ class TokenizedData(LightningDataModule, ABC):
     def _from_train(self, stage: Stage) -> bool:
         return self.validation_fraction > 0 and stage in ("train", "validation")
 
-    def _samples(self, stage: Stage) -> Iterator[Any]:
+    def _samples(self, stage: Stage, left_out: dict[str, Any] | None = None) -> Iterator[Any]:
+        """The samples of a stage; what the reader leaves out is counted in `left_out`."""
+        tally: dict[str, Any] = {} if left_out is None else left_out
         source, split, limit = self._source(stage)
+        if self.reader is not None and self.view is not None:
+            rows = self.reader.rows(
+                source, split, self.view, limit, lambda row, reason: count(tally, reason, "left out", row.where)
+            )
+        else:
+            rows = self.read(source, split, limit)
         found = False
-        for prompt, sample in self.parse(self.read(source, split, limit)):
+        for prompt, sample in self.parse(rows):
             held_out = self._from_train(stage) and _unit_hash(prompt) < self.validation_fraction
             if not self._from_train(stage) or held_out == (stage == "validation"):
                 found = True
                 yield sample
         if not found:
             why = f" (data.validation_fraction is {self.validation_fraction})" if self._from_train(stage) else ""
-            raise ValueError(f"{source}: there is no usable row for {stage}{why}")
+            reasons = "".join(f"; {line}" for line in counted(tally))
+            raise ValueError(f"{source}: there is no usable row for {stage}{why}{reasons}")
 
     def _key(self, stage: Stage) -> dict[str, Any]:
         source, split, limit = self._source(stage)
@@ -296,7 +291,7 @@ class TokenizedData(LightningDataModule, ABC):
 
     def _tokenised(self, stage: Stage, tokenizer: Tokenizer) -> Columns:
         def build(writer: ColumnWriter) -> None:
-            samples = self._samples(stage)
+            samples = self._samples(stage, writer.meta.setdefault("left_out", {}))
             while chunk := list(islice(samples, 1000)):
                 self.write(chunk, tokenizer, writer)
 
@@ -329,6 +324,10 @@ class TokenizedData(LightningDataModule, ABC):
         key = {**self._key("train"), "bpe": tokenizer.vocab_size}
         entry = cached(cache_folder(self.cache_dir), key, build, f"tokenizer ({self.sources['train'][0]})")
         return tokenizer_from_dict({**entry.records[0], "chat_template": tokenizer.chat_template})
+
+
+def _indented(lines: list[str]) -> str:
+    return "\n".join(f"  {line}" for line in lines)
 
 
 def _at_least_one(**values: int | None) -> None:

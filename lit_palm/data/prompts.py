@@ -101,6 +101,8 @@ class PromptData(TokenizedData):
             many prompts it collects.
     """
 
+    view = "prompts"
+
     def __init__(self, max_prompt_length: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if max_prompt_length is not None and max_prompt_length < 1:
@@ -151,7 +153,7 @@ class PromptData(TokenizedData):
             prompt = turn(row, "prompt") if "messages" not in row.columns or "prompt" in row.columns else _before(row)
             name = "prompt" if "prompt" in row.columns else "messages"
             columns = {k: v for k, v in row.columns.items() if k != name or not isinstance(prompt, str)}
-            yield split_key(prompt), _Prompt(prompt, columns, row.where)
+            yield row.group or split_key(prompt), _Prompt(prompt, columns, row.where)
 
     def texts(self, sample: _Prompt) -> Iterable[str]:
         return turn_texts(sample.prompt)

@@ -32,6 +32,7 @@ BUILTINS = {
         "RegexReward": "lit_palm.rollout.rewards.regex:RegexReward",
         "ExactMatch": "lit_palm.rollout.rewards.answers:ExactMatch",
         "NumericMatch": "lit_palm.rollout.rewards.numeric:NumericMatch",
+        "GSM8KAnswer": "lit_palm.rollout.rewards.gsm8k:GSM8KAnswer",
         "LengthPenalty": "lit_palm.rollout.rewards.penalties:LengthPenalty",
         "RepetitionPenalty": "lit_palm.rollout.rewards.penalties:RepetitionPenalty",
         "SequenceClassifier": "lit_palm.rollout.rewards.classifier:SequenceClassifier",
