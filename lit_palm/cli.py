@@ -31,6 +31,8 @@ __all__ = ["build_cli", "main", "prepare_process"]
 
 EXTRA_VERBS = {
     "generate": "Complete prompts with a checkpoint, streaming to the terminal.",
+    "chat": "Talk to a checkpoint on the terminal.",
+    "serve": "Serve a checkpoint to clients of OpenAI's interface.",
     "export": "Write a checkpoint's networks as safetensors with their configuration and tokeniser.",
     "consolidate": "Put a folder of shards together: one safetensors file a network, or one checkpoint file.",
     "plan": "Say what a run needs on which devices: memory, time and cost, and what to change where it does not fit.",
@@ -237,6 +239,14 @@ def run(argv: Sequence[str]) -> int:
             from lit_palm import plan
 
             return plan.main(argv[1:], parse_fit)
+        if verb == "chat":
+            from lit_palm.serve import terminal
+
+            return terminal.main(argv[1:])
+        if verb == "serve":
+            from lit_palm.serve import command
+
+            return command.main(argv[1:])
         from lit_palm import generate
 
         mains = {"export": generate.export_main, "consolidate": generate.consolidate_main}

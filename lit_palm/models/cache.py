@@ -132,9 +132,9 @@ class PaLMCache(Cache):
                 new[before:total, :, first:end] = old[: other.num_rows, :, other.start : other.start + other.length]
         if self.bias is not None:
             self.bias[before:total, self.start : first] = -math.inf
-            theirs = other.bias_of(other.length)
-            if theirs is not None:
-                self.bias[before:total, first:end] = theirs
+            bias = other.bias_of(other.length)
+            if bias is not None:
+                self.bias[before:total, first:end] = bias
             self.next_position = torch.cat(positions)
         self.length, self.num_rows = length, total
 

@@ -30,7 +30,7 @@ class Ending:
         self.tail = 8 + max((len(s.encode()) for s in sampling.stop), default=0)
 
     def __call__(self, token: int, step: int) -> str | None:
-        """Why it ends: "eos" or "stop" when the completion ends with this token, its number `step` from 0; else None."""
+        """Why the completion ends with this token, its number `step` from 0: "eos" or "stop"; None: it goes on."""
         sampling = self.sampling
         if token == self.eos_id and step >= sampling.min_new_tokens:
             return "eos"
