@@ -57,9 +57,11 @@ def main(argv: Sequence[str]) -> int:
         args = _parser().parse_args(list(argv))
     except ArgumentError as error:
         raise ValueError(str(error)) from error
-    for name, least in (("max_batch_size", 1), ("max_queue", 0), ("max_body", 1), ("drain_seconds", 0), ("port", 0)):
+    for name, least in (("max_batch_size", 1), ("max_queue", 0), ("max_body", 1), ("drain_seconds", 0)):
         if args[name] < least:
             raise ValueError(f"--{name} is {args[name]}: use at least {least}")
+    if not 0 <= args.port <= 65535:  # a larger one would be taken for what is left of it by 65536
+        raise ValueError(f"--port is {args.port}: use 1 to 65535, or 0 for any that is free")
     if args.max_tokens is not None and args.max_tokens < 1:
         raise ValueError(f"--max_tokens is {args.max_tokens}: use at least 1, or leave it out")
     api_key = args.api_key if args.api_key is not None else os.environ.get("LIT_PALM_API_KEY") or None

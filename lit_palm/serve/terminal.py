@@ -10,6 +10,7 @@ the answer, not the chat.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -139,7 +140,7 @@ def converse(chat: Chat, terminal: bool) -> None:
         if not line:
             continue
         if line.startswith("/") and not line.startswith("//"):
-            if not chat.command(line):
+            if not command(chat, line):
                 return
             continue
         try:
@@ -196,6 +197,9 @@ def main(argv: Sequence[str]) -> int:
     except ArgumentError as error:
         raise ValueError(str(error)) from error
     chat = load(args)
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the terminal cannot say must not end the chat
+            stream.reconfigure(errors="replace")
     terminal = sys.stdin.isatty()
     if terminal:
         import readline  # noqa: F401  (arrow keys and history)

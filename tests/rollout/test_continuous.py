@@ -107,7 +107,9 @@ def test_random_arrivals_get_the_tokens_they_would_get_alone(changes: dict[str, 
     for trial in range(6):
         chance = random.Random(trial)
         size = chance.choice([1, 3, 8, None])
-        for handle in run_arrivals(network, chance, 25, max_batch_size=size, prefill_tokens=chance.choice([1, 60, 4096])):
+        for handle in run_arrivals(
+            network, chance, 25, max_batch_size=size, prefill_tokens=chance.choice([1, 60, 4096])
+        ):
             tokens, logps, reason = alone(network, handle.prompt, handle.sampling, handle.seed)
             total += len(tokens)
             if handle.tokens == tokens:
@@ -311,12 +313,22 @@ def test_a_row_without_numbers_ends_alone(network: PaLM) -> None:
             pass
         assert [h.finish_reason for h in ill] == ["error", "error"] and "not finite" in str(ill[0].error)
         for handle in [*handles, late]:
-            assert len(handle.tokens) == 12 or handle.finish_reason == "error" and 7 in handle.tokens
+            assert len(handle.tokens) == 12 or (handle.finish_reason == "error" and 7 in handle.tokens)
             got = CachedEngine()
             if handle.finish_reason == "length":
-                assert handle.tokens == got.generate(
-                    sick, [torch.tensor(handle.prompt)], sampling, torch.tensor([handle.seed]), pad_id=PAD, eos_id=None
-                ).completions[0].tolist()
+                assert (
+                    handle.tokens
+                    == got.generate(
+                        sick,
+                        [torch.tensor(handle.prompt)],
+                        sampling,
+                        torch.tensor([handle.seed]),
+                        pad_id=PAD,
+                        eos_id=None,
+                    )
+                    .completions[0]
+                    .tolist()
+                )
         assert sum(h.finish_reason == "length" for h in [*handles, late]) >= 3
     finally:
         PaLM.forward = original  # type: ignore[method-assign]
