@@ -15,6 +15,7 @@ in the order given, and flags. A checkpoint never overrides any of them: it brin
 from __future__ import annotations
 
 import difflib
+import importlib
 import logging
 import os
 import re
@@ -31,6 +32,8 @@ __all__ = ["build_cli", "main", "prepare_process"]
 
 EXTRA_VERBS = {
     "generate": "Complete prompts with a checkpoint, streaming to the terminal.",
+    "chat": "Talk to a checkpoint on the terminal.",
+    "serve": "Serve a checkpoint to clients of OpenAI's interface.",
     "import": "Turn weights of palm-rlhf-pytorch or Cohere into a folder that every stage starts from.",
     "export": "Write a checkpoint for other tools: transformers, vLLM, llama.cpp, or safetensors of our own.",
     "consolidate": "Put a folder of shards together: one safetensors file a network, or one checkpoint file.",
@@ -38,6 +41,21 @@ EXTRA_VERBS = {
     "plugins": "List objectives, rewards, networks and engines, and where they come from.",
     "new-objective": "Write a package with an objective of your own, which trains and passes its tests as it stands.",
 }
+
+# which function runs each, imported when it is asked for
+_MAINS = {
+    "generate": "generate:main",
+    "chat": "serve.terminal:main",
+    "serve": "serve.command:main",
+    "import": "convert.importing:main",
+    "export": "convert.exporting:main",
+    "consolidate": "generate:consolidate_main",
+    "plan": "plan:main",
+    "plugins": "plugins:main",
+    "new-objective": "scaffold:main",
+}
+_READ_RUNS = ("plan",)
+"""Those that take the YAML files and flags of a run."""
 
 
 def prepare_process() -> None:
@@ -226,26 +244,10 @@ def _accepted(class_path: str, option: str) -> str:
 
 def run(argv: Sequence[str]) -> int:
     """Run one command line; returns the exit status."""
-    verb = next((a for a in argv if not a.startswith("-")), "")
     if argv and argv[0] in EXTRA_VERBS:
-        if verb == "plugins":
-            return plugins.main(argv[1:])
-        if verb == "new-objective":
-            from lit_palm import scaffold
-
-            return scaffold.main(argv[1:])
-        if verb == "plan":
-            from lit_palm import plan
-
-            return plan.main(argv[1:], parse_fit)
-        if verb in ("import", "export"):
-            from lit_palm.convert import exporting, importing
-
-            return (importing if verb == "import" else exporting).main(argv[1:])
-        from lit_palm import generate
-
-        mains = {"consolidate": generate.consolidate_main}
-        return mains.get(verb, generate.main)(argv[1:])
+        module, function = _MAINS[argv[0]].split(":")
+        verb_main = getattr(importlib.import_module(f"lit_palm.{module}"), function)
+        return int(verb_main(argv[1:], parse_fit) if argv[0] in _READ_RUNS else verb_main(argv[1:]))
     if not argv or argv[0] in ("-h", "--help"):
         print("lit-palm also has:\n" + "\n".join(f"  {v:14} {text}" for v, text in EXTRA_VERBS.items()) + "\n")
     plugins.load_named(argv)

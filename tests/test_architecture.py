@@ -60,6 +60,10 @@ NO_LIGHTNING = (
     "lit_palm/rollout/sampling.py",
     "lit_palm/rollout/advantages.py",
     "lit_palm/rollout/engine.py",
+    "lit_palm/rollout/endings.py",
+    "lit_palm/rollout/row_sampling.py",
+    "lit_palm/rollout/continuous.py",
+    "lit_palm/rollout/continuous_engine.py",
     "lit_palm/rollout/rewards/",
 )
 

@@ -64,7 +64,8 @@ def recomputed(hidden: Tensor) -> Iterator[None]:
     width less for a pass over memory more.
     """
     node: Any = hidden.grad_fn
-    if not isinstance(node, _SplitSwiGLU._backward_cls):  # type: ignore[attr-defined]
+    kind: Any = _SplitSwiGLU._backward_cls  # type: ignore[attr-defined]
+    if not isinstance(node, kind):
         yield
         return
     place, size = hidden.data_ptr(), hidden.numel()
