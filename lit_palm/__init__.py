@@ -33,6 +33,7 @@ _HOMES = {
     "PPO": "lit_palm.objectives",
     "Engine": "lit_palm.rollout.engine",
     "CachedEngine": "lit_palm.rollout.engine",
+    "ContinuousEngine": "lit_palm.rollout.continuous_engine",
     "Generation": "lit_palm.rollout.engine",
     "Sampling": "lit_palm.rollout.sampling",
     "RolloutConfig": "lit_palm.rollout.collector",

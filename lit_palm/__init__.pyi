@@ -31,6 +31,7 @@ from lit_palm.objectives import Objective as Objective
 from lit_palm.objectives import RewardRanking as RewardRanking
 from lit_palm.objectives import RewardRegression as RewardRegression
 from lit_palm.rollout.collector import RolloutConfig as RolloutConfig
+from lit_palm.rollout.continuous_engine import ContinuousEngine as ContinuousEngine
 from lit_palm.rollout.engine import CachedEngine as CachedEngine
 from lit_palm.rollout.engine import Engine as Engine
 from lit_palm.rollout.engine import Generation as Generation

@@ -42,7 +42,10 @@ BUILTINS = {
         "PaLMConfig": "lit_palm.models.palm:PaLMConfig",
         "HuggingFaceConfig": "lit_palm.models.huggingface_config:HuggingFaceConfig",
     },
-    "lit_palm.engines": {"CachedEngine": "lit_palm.rollout.engine:CachedEngine"},
+    "lit_palm.engines": {
+        "CachedEngine": "lit_palm.rollout.engine:CachedEngine",
+        "ContinuousEngine": "lit_palm.rollout.continuous_engine:ContinuousEngine",
+    },
 }
 """What lit_palm brings itself; a test compares it with the concrete classes that exist."""
 
