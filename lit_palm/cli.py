@@ -4,6 +4,7 @@
     lit-palm generate --checkpoint runs/demo/ppo/last.ckpt --prompt "The film"
     lit-palm export runs/demo/ppo/last.ckpt folder
     lit-palm consolidate runs/sharded/last.ckpt folder
+    lit-palm data inspect --config configs/finetune.yaml
     lit-palm plan --config configs/ppo.yaml --device a100-80gb --devices 64 [--dry-run] [--json]
     lit-palm plugins [--json | show NAME]
     lit-palm new-objective NAME [--kind offline|online]
@@ -33,6 +34,7 @@ EXTRA_VERBS = {
     "generate": "Complete prompts with a checkpoint, streaming to the terminal.",
     "export": "Write a checkpoint's networks as safetensors with their configuration and tokeniser.",
     "consolidate": "Put a folder of shards together: one safetensors file a network, or one checkpoint file.",
+    "data": "Show what a run would train on: counts, lengths, rows with their loss mask, and what is left out and why.",
     "plan": "Say what a run needs on which devices: memory, time and cost, and what to change where it does not fit.",
     "plugins": "List objectives, rewards, networks and engines, and where they come from.",
     "new-objective": "Write a package with an objective of your own, which trains and passes its tests as it stands.",
@@ -148,8 +150,8 @@ def build_cli() -> type[Any]:
     return LitPalmCLI
 
 
-def parse_fit(argv: list[str]) -> tuple[Any, Any]:
-    """What `lit-palm fit ARGV` would run with: its configuration as parsed, and its model without networks."""
+def parse_fit(argv: list[str], parts: Sequence[str] = ("model",)) -> tuple[Any, ...]:
+    """What `lit-palm fit ARGV` would run with: its configuration as parsed, and its model without networks, or data."""
     from jsonargparse import Namespace
 
     class Reader(build_cli()):  # type: ignore[misc]
@@ -172,7 +174,8 @@ def parse_fit(argv: list[str]) -> tuple[Any, Any]:
     config = reader.config["fit"]
     parser = reader._parser("fit")
     build = getattr(parser, "instantiate", None) or parser.instantiate_classes
-    return config, build(Namespace(model=config.model)).model
+    built = build(Namespace({part: config[part] for part in parts}))
+    return config, *(built[part] for part in parts)
 
 
 # what jsonargparse says beside the reason, when a value fits none of the types that its key allows
@@ -233,6 +236,10 @@ def run(argv: Sequence[str]) -> int:
             from lit_palm import scaffold
 
             return scaffold.main(argv[1:])
+        if verb == "data":
+            from lit_palm import inspection
+
+            return inspection.main(argv[1:], parse_fit)
         if verb == "plan":
             from lit_palm import plan
 
