@@ -4,6 +4,7 @@
     lit-palm generate --checkpoint runs/demo/ppo/last.ckpt --prompt "The film"
     lit-palm export runs/demo/ppo/last.ckpt folder
     lit-palm consolidate runs/sharded/last.ckpt folder
+    lit-palm data inspect --config configs/finetune.yaml
     lit-palm plan --config configs/ppo.yaml --device a100-80gb --devices 64 [--dry-run] [--json]
     lit-palm plugins [--json | show NAME]
     lit-palm new-objective NAME [--kind offline|online]
@@ -37,6 +38,7 @@ EXTRA_VERBS = {
     "import": "Turn weights of palm-rlhf-pytorch or Cohere into a folder that every stage starts from.",
     "export": "Write a checkpoint for other tools: transformers, vLLM, llama.cpp, or safetensors of our own.",
     "consolidate": "Put a folder of shards together: one safetensors file a network, or one checkpoint file.",
+    "data": "Show what a run would train on: counts, lengths, rows with their loss mask, and what is left out and why.",
     "plan": "Say what a run needs on which devices: memory, time and cost, and what to change where it does not fit.",
     "plugins": "List objectives, rewards, networks and engines, and where they come from.",
     "new-objective": "Write a package with an objective of your own, which trains and passes its tests as it stands.",
@@ -50,11 +52,12 @@ _MAINS = {
     "import": "convert.importing:main",
     "export": "convert.exporting:main",
     "consolidate": "generate:consolidate_main",
+    "data": "inspection:main",
     "plan": "plan:main",
     "plugins": "plugins:main",
     "new-objective": "scaffold:main",
 }
-_READ_RUNS = ("plan",)
+_READ_RUNS = ("data", "plan")
 """Those that take the YAML files and flags of a run."""
 
 
@@ -167,8 +170,8 @@ def build_cli() -> type[Any]:
     return LitPalmCLI
 
 
-def parse_fit(argv: list[str]) -> tuple[Any, Any]:
-    """What `lit-palm fit ARGV` would run with: its configuration as parsed, and its model without networks."""
+def parse_fit(argv: list[str], parts: Sequence[str] = ("model",)) -> tuple[Any, ...]:
+    """What `lit-palm fit ARGV` would run with: its configuration as parsed, and its model without networks, or data."""
     from jsonargparse import Namespace
 
     class Reader(build_cli()):  # type: ignore[misc]
@@ -191,7 +194,8 @@ def parse_fit(argv: list[str]) -> tuple[Any, Any]:
     config = reader.config["fit"]
     parser = reader._parser("fit")
     build = getattr(parser, "instantiate", None) or parser.instantiate_classes
-    return config, build(Namespace(model=config.model)).model
+    built = build(Namespace({part: config[part] for part in parts}))
+    return config, *(built[part] for part in parts)
 
 
 # what jsonargparse says beside the reason, when a value fits none of the types that its key allows

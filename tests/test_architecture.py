@@ -38,6 +38,7 @@ LEVELS = {
     "callbacks": 3,
     "convert": 4,
     "generate": 4,
+    "inspection": 4,
     "plan": 4,
     "scaffold": 4,
     "serve": 4,

@@ -19,13 +19,14 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_palm.data.cache import Columns, ColumnWriter, cache_folder, cached
-from lit_palm.data.faults import count, counted
+from lit_palm.data.faults import counted, leaver
 from lit_palm.data.limits import LimitedData
 from lit_palm.data.position import position
 from lit_palm.data.readers.base import Reader, View, check_view
@@ -134,6 +135,8 @@ class TokenizedData(LimitedData, ABC):
         self.cache_dir = cache_dir
         self.reader = reader
         self._given_tokenizer = tokenizer
+        self.rows_read: dict[Stage, int] = {}
+        """Rows of the source that `samples` has read, for each stage."""
         self._elements: dict[Stage, Any] = {}
         self._position: dict[str, int] = {"epoch": 0, "batch": 0}
 
@@ -181,11 +184,7 @@ class TokenizedData(LimitedData, ABC):
         Raises:
             ValueError: for every fault of data, tokenizer or arguments, naming file and line or the key.
         """
-        tokenizer = self._ready_tokenizer()
-        if isinstance(self.tokenizer, Tokenizer) and self.tokenizer is not tokenizer:
-            self._elements.clear()  # used with another network before
-        self.tokenizer = tokenizer
-        self._check_network()
+        tokenizer = self.find_tokenizer()
         needed = _STAGES[stage]
         for name in needed:
             if self.sources[name][0] is None and name == needed[0]:
@@ -193,12 +192,21 @@ class TokenizedData(LimitedData, ABC):
             if self.sources[name][0] is not None and name not in self._elements:
                 self._elements[name] = self.ready(name, tokenizer)
 
+    def find_tokenizer(self) -> Tokenizer:
+        """The tokenizer that rows are written with, trained and checked against the network."""
+        tokenizer = self._ready_tokenizer()
+        if isinstance(self.tokenizer, Tokenizer) and self.tokenizer is not tokenizer:
+            self._elements.clear()  # used with another network before
+        self.tokenizer = tokenizer
+        self._check_network()
+        return tokenizer
+
     def ready(self, stage: Stage, tokenizer: Tokenizer) -> Any:
         """What the loader of a stage is made from: tokenised, or found in the cache."""
         columns = self._tokenised(stage, tokenizer)
         left_out = counted(columns.meta.get("left_out", {}))
         if left_out and not (stage == "validation" and self._from_train(stage)):  # the same rows, told already
-            rank_zero_warn(f"{type(self.reader).__name__} left rows out of {stage}\n" + _indented(left_out))
+            rank_zero_warn("\n  ".join([f"{type(self.reader).__name__} left rows out of {stage}", *left_out]))
         elements = self.elements(columns, tokenizer)
         if stage == "train":
             order = [len(elements), self.shuffle, self.length_window, self.seed]
@@ -258,16 +266,15 @@ class TokenizedData(LimitedData, ABC):
     def _from_train(self, stage: Stage) -> bool:
         return self.validation_fraction > 0 and stage in ("train", "validation")
 
-    def _samples(self, stage: Stage, left_out: dict[str, Any] | None = None) -> Iterator[Any]:
-        """The samples of a stage; what the reader leaves out is counted in `left_out`."""
+    def samples(self, stage: Stage, left_out: dict[str, Any] | None = None) -> Iterator[Any]:
+        """The samples of a stage; what the reader leaves out is counted in `left_out`, rows in `rows_read`."""
         tally: dict[str, Any] = {} if left_out is None else left_out
         source, split, limit = self._source(stage)
         if self.reader is not None and self.view is not None:
-            rows = self.reader.rows(
-                source, split, self.view, limit, lambda row, reason: count(tally, reason, "left out", row.where)
-            )
+            drop = leaver(tally)
+            rows = self.reader.rows(source, split, self.view, limit, drop, partial(self._counted, stage))
         else:
-            rows = self.read(source, split, limit)
+            rows = self._counted(stage, self.read(source, split, limit))
         found = False
         for prompt, sample in self.parse(rows):
             held_out = self._from_train(stage) and _unit_hash(prompt) < self.validation_fraction
@@ -278,6 +285,11 @@ class TokenizedData(LimitedData, ABC):
             why = f" (data.validation_fraction is {self.validation_fraction})" if self._from_train(stage) else ""
             reasons = "".join(f"; {line}" for line in counted(tally))
             raise ValueError(f"{source}: there is no usable row for {stage}{why}{reasons}")
+
+    def _counted(self, stage: Stage, rows: Iterator[Row]) -> Iterator[Row]:
+        for number, row in enumerate(rows, 1):
+            self.rows_read[stage] = number
+            yield row
 
     def _key(self, stage: Stage) -> dict[str, Any]:
         source, split, limit = self._source(stage)
@@ -291,7 +303,7 @@ class TokenizedData(LimitedData, ABC):
 
     def _tokenised(self, stage: Stage, tokenizer: Tokenizer) -> Columns:
         def build(writer: ColumnWriter) -> None:
-            samples = self._samples(stage, writer.meta.setdefault("left_out", {}))
+            samples = self.samples(stage, writer.meta.setdefault("left_out", {}))
             while chunk := list(islice(samples, 1000)):
                 self.write(chunk, tokenizer, writer)
 
@@ -318,16 +330,12 @@ class TokenizedData(LimitedData, ABC):
             raise ValueError("data.tokenizer is not trained, and without data.train it cannot be; load a trained one")
 
         def build(writer: ColumnWriter) -> None:
-            tokenizer.train(text for sample in self._samples("train") for text in self.texts(sample))
+            tokenizer.train(text for sample in self.samples("train") for text in self.texts(sample))
             writer.append_record(tokenizer.to_dict())
 
         key = {**self._key("train"), "bpe": tokenizer.vocab_size}
         entry = cached(cache_folder(self.cache_dir), key, build, f"tokenizer ({self.sources['train'][0]})")
         return tokenizer_from_dict({**entry.records[0], "chat_template": tokenizer.chat_template})
-
-
-def _indented(lines: list[str]) -> str:
-    return "\n".join(f"  {line}" for line in lines)
 
 
 def _at_least_one(**values: int | None) -> None:

@@ -12,14 +12,15 @@ published data leaves out is counted in the same way (`count`), by its reasons i
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_palm.data.cache import Columns, ColumnWriter
+from lit_palm.data.sources import Row
 
-__all__ = ["count", "counted", "note", "report"]
+__all__ = ["count", "counted", "leaver", "note", "report"]
 
 PLACES = 5
 """So many places are named; the others are counted."""
@@ -43,6 +44,11 @@ def count(tally: dict[str, Any], fault: str, outcome: str, where: str) -> None:
     found["count"] += 1
     if len(found["places"]) < PLACES:
         found["places"].append(where)
+
+
+def leaver(tally: dict[str, Any]) -> Callable[[Row, str], None]:
+    """What a reader calls for a row that it leaves out, with the reason."""
+    return lambda row, reason: count(tally, reason, "left out", row.where)
 
 
 def counted(tally: Mapping[str, Any], faults: Mapping[str, str] | None = None) -> list[str]:

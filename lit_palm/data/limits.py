@@ -17,6 +17,12 @@ class LimitedData(LightningDataModule):
     """
 
     tokenizer: Any
+    bound: Any = None
+    """The LightningModule that `bind` was told of."""
+
+    def bind(self, module: Any) -> None:
+        """Say which LightningModule the data are for, where no Trainer does."""
+        self.bound = module
 
     def network_limit(self, name: str) -> int | None:
         """`context_length` or `vocab_size` of the module that will train on this data, None where it does not say."""
@@ -44,7 +50,7 @@ class LimitedData(LightningDataModule):
 
     @property
     def _module(self) -> Any:
-        return self.trainer.lightning_module if self.trainer is not None else None
+        return self.trainer.lightning_module if self.trainer is not None else self.bound
 
     def _ranks(self) -> tuple[int, int]:
         # the data-parallel rank, whatever the strategy

@@ -53,6 +53,11 @@ class PromptRows(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._records)
 
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """[prompts] tokens of each."""
+        return np.diff(self._offsets)
+
     @overload
     def __getitem__(self, index: int) -> dict[str, Any]: ...
     @overload

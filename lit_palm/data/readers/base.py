@@ -25,13 +25,13 @@ from lit_palm.data.readers.places import Hub, open_rows, place_fingerprint, plac
 from lit_palm.data.sources import Row
 from lit_palm.data.templates import Message
 
-__all__ = ["Drop", "Reader", "View", "check_view", "distinct", "user"]
+__all__ = ["MODULES", "Drop", "Reader", "View", "check_view", "distinct", "user"]
 
 View = Literal["demonstrations", "preferences", "prompts"]
 Drop = Callable[[Row, str], None]
 """drop(row, reason): counts a row that is left out, or of which a part is."""
 
-_MODULES: dict[View, str] = {  # which data module takes which view
+MODULES: dict[View, str] = {  # which data module takes which view
     "demonstrations": "DemonstrationData",
     "preferences": "PreferenceData",
     "prompts": "PromptData",
@@ -73,27 +73,36 @@ class Reader(ABC):
         """Rows of `prompt` and anything that rewards read."""
         raise NotImplementedError
 
-    @property
-    def views(self) -> tuple[View, ...]:
+    @classmethod
+    def views(cls) -> tuple[View, ...]:
         """The views that this reader defines."""
-        return tuple(view for view in _MODULES if getattr(type(self), view) is not getattr(Reader, view))
+        return tuple(view for view in MODULES if getattr(cls, view) is not getattr(Reader, view))
 
     # ---- what data modules call
 
-    def rows(self, source: str, split: str, view: View, limit: int | None, drop: Drop) -> Iterator[Row]:
+    def rows(
+        self,
+        source: str,
+        split: str,
+        view: View,
+        limit: int | None,
+        drop: Drop,
+        through: Callable[[Iterator[Row]], Iterator[Row]] = iter,
+    ) -> Iterator[Row]:
         """The rows of a source as a view of them.
 
         Args:
             source: the name of a hub dataset, or a file, folder, glob or URL that holds what the hub does.
             split: `train`, `validation`, `test`, or a split's own name.
-            view: one of `views`.
+            view: one of `views()`.
             limit: read at most this many rows of the source.
             drop: told of every row that is left out.
+            through: what the rows pass as they are read, such as a counter.
 
         Raises:
             ValueError: naming file, line and key, for a row off the schema.
         """
-        return getattr(self, view)(self.open(source, self.splits(view).get(split, split), limit), drop)
+        return getattr(self, view)(through(self.open(source, self.splits(view).get(split, split), limit)), drop)
 
     def open(self, source: str, split: str, limit: int | None) -> Iterator[Row]:
         """The rows of a source as they are; `split` is a name of the dataset's own."""
@@ -164,8 +173,8 @@ def check_view(reader: Reader, view: View | None, module: str) -> None:
     Raises:
         ValueError: naming the data modules that it is for.
     """
-    if view not in reader.views:
-        name, others = type(reader).__name__, " or ".join(f"{_MODULES[v]} ({v})" for v in reader.views)
+    if view not in reader.views():
+        name, others = type(reader).__name__, " or ".join(f"{MODULES[v]} ({v})" for v in reader.views())
         why = "takes no reader" if view is None else f"trains on {view}, which {name} does not have"
         raise ValueError(f"data.reader {name}: {module} {why}; use {others}")
 
