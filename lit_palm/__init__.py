@@ -39,6 +39,7 @@ _HOMES = {
     "Reward": "lit_palm.rollout.rewards",
     "RewardBatch": "lit_palm.rollout.rewards",
     "RewardModel": "lit_palm.rollout.rewards",
+    "SequenceClassifier": "lit_palm.rollout.rewards",
     "PythonReward": "lit_palm.rollout.rewards",
     "RegexReward": "lit_palm.rollout.rewards",
     "ExactMatch": "lit_palm.rollout.rewards",

@@ -43,6 +43,7 @@ from lit_palm.rollout.rewards import RepetitionPenalty as RepetitionPenalty
 from lit_palm.rollout.rewards import Reward as Reward
 from lit_palm.rollout.rewards import RewardBatch as RewardBatch
 from lit_palm.rollout.rewards import RewardModel as RewardModel
+from lit_palm.rollout.rewards import SequenceClassifier as SequenceClassifier
 from lit_palm.rollout.sampling import Sampling as Sampling
 from lit_palm.types import Experience as Experience
 from lit_palm.types import Loss as Loss

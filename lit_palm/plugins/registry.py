@@ -34,6 +34,7 @@ BUILTINS = {
         "NumericMatch": "lit_palm.rollout.rewards.numeric:NumericMatch",
         "LengthPenalty": "lit_palm.rollout.rewards.penalties:LengthPenalty",
         "RepetitionPenalty": "lit_palm.rollout.rewards.penalties:RepetitionPenalty",
+        "SequenceClassifier": "lit_palm.rollout.rewards.classifier:SequenceClassifier",
         "Ensemble": "lit_palm.rollout.rewards.ensemble:Ensemble",
     },
     "lit_palm.networks": {
