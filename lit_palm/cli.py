@@ -2,7 +2,8 @@
 
     lit-palm fit --config configs/demo/pretrain.yaml [--config overlay.yaml] [--model.objective=DPO] [--print_config]
     lit-palm generate --checkpoint runs/demo/ppo/last.ckpt --prompt "The film"
-    lit-palm export runs/demo/ppo/last.ckpt folder
+    lit-palm import palm_410m_8k_v0.pt folder --tokenizer EleutherAI/gpt-neox-20b
+    lit-palm export runs/demo/ppo/last.ckpt folder [--gguf] [--push OWNER/NAME]
     lit-palm consolidate runs/sharded/last.ckpt folder
     lit-palm data inspect --config configs/finetune.yaml
     lit-palm plan --config configs/ppo.yaml --device a100-80gb --devices 64 [--dry-run] [--json]

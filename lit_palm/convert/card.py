@@ -24,18 +24,18 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 ```"""
 
-_COHERE_REWARD = """\
-Its class is transformers' generic sequence classifier over Cohere's trunk, which two lines name:
+_GENERIC_REWARD = """\
+Its class is transformers' generic sequence classifier over the architecture's trunk, which two lines name:
 
 ```python
 from transformers import AutoTokenizer
 from transformers.modeling_layers import GenericForSequenceClassification
-from transformers.models.cohere.modeling_cohere import CoherePreTrainedModel
+from transformers.models.{kind}.modeling_{kind} import {stem}PreTrainedModel
 
-class CohereForSequenceClassification(GenericForSequenceClassification, CoherePreTrainedModel): ...
+class {stem}ForSequenceClassification(GenericForSequenceClassification, {stem}PreTrainedModel): ...
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = CohereForSequenceClassification.from_pretrained("{name}")
+model = {stem}ForSequenceClassification.from_pretrained("{name}")
 score = model(**tokenizer("a text to be judged", return_tensors="pt")).logits[0, 0]
 ```"""
 
@@ -58,6 +58,8 @@ def model_card(header: dict[str, Any], architecture: dict[str, Any], name: str, 
         name: of the folder or repository.
         num_parameters: of the network.
     """
+    import transformers
+
     kind = architecture["architectures"][0]
     scalar = kind.endswith("ForSequenceClassification")
     tags = ["lit-palm", "rlhf", architecture["model_type"], *(["reward-model"] if scalar else [])]
@@ -76,8 +78,9 @@ def model_card(header: dict[str, Any], architecture: dict[str, Any], name: str, 
     if not scalar:
         template = _GENERATE
     else:
-        template = _COHERE_REWARD if architecture["model_type"] == "cohere" else _REWARD
-    lines.append(template.format(name=name) + "\n")
+        template = _REWARD if hasattr(transformers, kind) else _GENERIC_REWARD
+    stem = kind.removesuffix("ForSequenceClassification")
+    lines.append(template.format(name=name, stem=stem, kind=architecture["model_type"]) + "\n")
     if own.get("score_bias"):
         lines.append(
             f"A score here is that of the checkpoint less the constant {own['score_bias']:.6g}, because this layout "

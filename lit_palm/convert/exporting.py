@@ -168,6 +168,7 @@ def main(argv: Sequence[str]) -> int:
         default="huggingface",
         help="huggingface: a folder of transformers; gguf: one of llama.cpp; lit-palm: all networks, for stages here.",
     )
+    parser.add_argument("--gguf", action="store_true", help="The same as --format gguf.")
     parser.add_argument("--network", type=Role | None, help="Which network; by default the policy, else the reward.")
     parser.add_argument(
         "--lora",
@@ -184,6 +185,8 @@ def main(argv: Sequence[str]) -> int:
         args = parser.parse_args(list(argv))
     except ArgumentError as error:
         raise ValueError(str(error)) from error
+    if args.gguf:
+        args.format = "gguf"
     if args.lora == "adapter" and args.format != "huggingface":
         raise ValueError(f"--lora adapter writes a folder of peft, not --format {args.format}")
     if args.push is not None:

@@ -51,14 +51,7 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[str]:
         if local:
             _move(staged, final)
         else:
-            names = sorted(os.listdir(staged), key=lambda name: name == _LAST)
-            filesystem.makedirs(inner, exist_ok=True)
-            for old in set(_names(filesystem, inner)) - set(names):
-                filesystem.rm(f"{inner}/{old}", recursive=True)
-            for name in names:
-                filesystem.put(
-                    os.path.join(staged, name), f"{inner}/{name}", recursive=os.path.isdir(f"{staged}/{name}")
-                )
+            _upload(staged, filesystem, inner)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
@@ -110,6 +103,18 @@ def _move(staged: str, final: str) -> None:
         except BaseException:
             os.rename(os.path.join(old, "folder"), final)
             raise
+
+
+def _upload(staged: str, filesystem: Any, inner: str) -> None:
+    """Put files where renaming would be a copy: what says that the folder is whole goes first and comes last."""
+    new = sorted(os.listdir(staged), key=lambda name: name == _LAST)
+    filesystem.makedirs(inner, exist_ok=True)
+    old = set(_names(filesystem, inner))
+    folders = {name for name in new if os.path.isdir(os.path.join(staged, name))}
+    for name in sorted(old - set(new) | old & (folders | {_LAST}), key=lambda name: name != _LAST):
+        filesystem.rm(f"{inner}/{name}", recursive=True)
+    for name in new:
+        filesystem.put(os.path.join(staged, name), f"{inner}/{name}", recursive=name in folders)
 
 
 def _umask() -> int:

@@ -43,8 +43,6 @@ def huggingface_model(
     Raises:
         ValueError: transformers has no such model, or the weights do not fit it.
     """
-    import transformers
-
     scalar = "head.weight" in weights
     prefix = "trunk.lm." if scalar else "lm."
     state = {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
@@ -52,22 +50,14 @@ def huggingface_model(
     _set_tokens(own, config, tokenizer)
     bias: float | None = None
     if scalar:
-        if own not in _Known(transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING):
-            raise ValueError(
-                f"{where}: transformers has no sequence classifier for the architecture {own.model_type!r}: --format "
-                "lit-palm keeps the reward model as it is"
-            )
         own.num_labels = 1
         recipe, bias = scalar_head(weights, weights["head.weight"].dtype)
         state["score.weight"] = recipe.make()
-        make = transformers.AutoModelForSequenceClassification.from_config
-    else:
-        make = transformers.AutoModelForCausalLM.from_config
     if dtype is not None:
         state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     kept = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
     with torch.device("meta"):
-        model = make(own, trust_remote_code=config.code is not None)
+        model = _classifier(own, where) if scalar else _language_model(own, config)
     wanted = {name for name, _ in named_weights(model)}
     if scalar:  # the output weight of a language model, which a classifier has not
         state = {name: tensor for name, tensor in state.items() if name in wanted}
@@ -76,7 +66,7 @@ def huggingface_model(
         names = ", ".join((lost or unknown)[:3])
         raise ValueError(
             f"{where}: its weights {'lack' if lost else 'have'} {names}, which {type(model).__name__} of transformers "
-            f"{transformers.__version__} {'needs' if lost else 'does not know'}"
+            f"{'needs' if lost else 'does not know'}"
         )
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
@@ -85,14 +75,36 @@ def huggingface_model(
     return model, bias
 
 
-class _Known:
-    """Whether a lazy mapping of transformers has a model for a configuration."""
+def _language_model(own: Any, config: HuggingFaceConfig) -> Any:
+    from transformers import AutoModelForCausalLM
 
-    def __init__(self, mapping: Any) -> None:
-        self.mapping = mapping
+    return AutoModelForCausalLM.from_config(own, trust_remote_code=config.code is not None)
 
-    def __contains__(self, config: Any) -> bool:
-        return type(config) in self.mapping
+
+def _classifier(own: Any, where: str) -> Any:
+    """The architecture's sequence classifier, or transformers' generic one over its trunk where it has none.
+
+    Raises:
+        ValueError: it has none, and the generic one does not fit its trunk.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    from transformers.modeling_layers import GenericForSequenceClassification
+
+    classifiers: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    language_models: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(own) in classifiers:
+        return classifiers[type(own)](own)
+    if type(own) in language_models:
+        known = language_models[type(own)]
+        bases = [cls for cls in known.__mro__ if cls.__name__ == f"{type(own).__name__[:-6]}PreTrainedModel"]
+        if bases and known.base_model_prefix == "model":
+            name = bases[0].__name__.replace("PreTrainedModel", "ForSequenceClassification")
+            made: type[Any] = type(name, (GenericForSequenceClassification, bases[0]), {})
+            return made(own)
+    raise ValueError(
+        f"{where}: transformers has no sequence classifier for the architecture {own.model_type!r}: --format lit-palm "
+        "keeps the reward model as it is"
+    )
 
 
 def _set_tokens(own: Any, config: HuggingFaceConfig, tokenizer: Tokenizer) -> None:

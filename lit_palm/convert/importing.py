@@ -218,8 +218,9 @@ def _write_json(folder: str, name: str, data: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Run `lit-palm import`."""
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, set_parsing_settings
 
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog="lit-palm import",
         description="Turn somebody else's weights into a folder that every stage starts from.",

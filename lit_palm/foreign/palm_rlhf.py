@@ -132,7 +132,7 @@ def gamma_convention(tensors: Tensors, names: Iterable[str]) -> tuple[str | None
     """
     gammas = torch.cat([tensors[name].reshape(-1).double() for name in names])
     to_one, to_zero = (gammas - 1).abs().mean().item(), gammas.abs().mean().item()
-    numbers = f"{to_one:.3g} from 1 and {to_zero:.3g} from 0 on average, median {gammas.median().item():.3g}"
+    numbers = f"{to_one:.3g} away from 1 and {to_zero:.3g} away from 0 on average"
     if 2 * to_one <= to_zero:
         return "plain", numbers
     return ("plus_one" if 2 * to_zero <= to_one else None), numbers

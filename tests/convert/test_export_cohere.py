@@ -142,6 +142,27 @@ def test_a_reward_model_is_a_sequence_classifier(tmp_path: Path) -> None:
     assert (back(tokens) - network(tokens)).abs().max() < TOLERANCE
 
 
+@torch.no_grad()
+def test_a_folder_of_shards(tmp_path: Path) -> None:
+    import torch.distributed.checkpoint as distributed_checkpoint
+
+    # as a sharded strategy leaves it: the weights by torch.distributed.checkpoint, the header in meta.pt
+    network = palm(num_kv_heads=2)
+    whole = torch.load(save(tmp_path / "last.ckpt", {"policy": network}), weights_only=True)
+    folder = tmp_path / "sharded.ckpt"
+    distributed_checkpoint.save({"state_dict": whole.pop("state_dict")}, checkpoint_id=folder, no_dist=True)
+    torch.save(whole, folder / "meta.pt")
+    for target in ("exported", "memory://exported"):
+        assert main(["export", str(folder), target if "://" in target else str(tmp_path / target)]) == 0
+    theirs = CohereForCausalLM.from_pretrained(tmp_path / "exported").eval()
+    tokens = torch.randint(0, 263, (2, 50))
+    assert (theirs(tokens).logits - network(tokens)).abs().max() < TOLERANCE
+    import fsspec
+
+    there = fsspec.filesystem("memory").find("/exported")
+    assert sorted(there) == sorted(f"/exported/{path.name}" for path in (tmp_path / "exported").iterdir())
+
+
 def test_what_comes_along(tmp_path: Path) -> None:
     folder = export(tmp_path, {"policy": palm(), "value": palm(scalar=True)}, "--dtype", "bfloat16")
     names = {path.name for path in folder.iterdir()}

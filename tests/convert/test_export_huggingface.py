@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from lit_palm.cli import main
 from lit_palm.models.base import ScalarNetwork
+from lit_palm.models.huggingface_config import HuggingFaceConfig
 from lit_palm.modules.weights import load_network
 from tests.convert.checkpoints import bpe, save
+from tests.convert.test_export_cohere import CohereForSequenceClassification
 from tests.support import same
 
 SMALL: dict[str, Any] = {"vocab_size": 280, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -84,8 +86,24 @@ def test_a_reward_model_is_the_architectures_classifier(kind: str, tmp_path: Pat
     assert (theirs.eval()(tokens).logits[:, 0] + bias - network(tokens)[:, -1]).abs().max() < 1e-5
 
 
-def test_an_architecture_without_classifier_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@torch.no_grad()
+def test_an_architecture_without_classifier_gets_the_generic_one(tmp_path: Path) -> None:
     trunk: Any = load_network(folder_of("cohere", tmp_path / "hub"))
+    network = ScalarNetwork(trunk).eval()
+    path = save(tmp_path / "last.ckpt", {"reward": network}, bpe())
+    assert main(["export", str(path), str(tmp_path / "exported")]) == 0
+    theirs, report = CohereForSequenceClassification.from_pretrained(tmp_path / "exported", output_loading_info=True)
+    assert not any(report.values()), report
+    tokens = torch.randint(3, 280, (3, 20))
+    assert (theirs.eval()(tokens).logits[:, 0] - network(tokens)[:, -1]).abs().max() < 1e-5
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "class CohereForSequenceClassification(GenericForSequenceClassification, CoherePreTrainedModel)" in card
+
+
+def test_an_architecture_that_even_that_does_not_fit_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trunk: Any = HuggingFaceConfig(architecture={"model_type": "gpt_neox_japanese", **SMALL}).build()
     path = save(tmp_path / "last.ckpt", {"reward": ScalarNetwork(trunk)}, bpe())
     assert main(["export", str(path), str(tmp_path / "exported")]) == 2
-    assert "transformers has no sequence classifier for the architecture 'cohere'" in capsys.readouterr().err
+    assert "transformers has no sequence classifier for the architecture 'gpt_neox_japanese'" in capsys.readouterr().err

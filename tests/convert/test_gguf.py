@@ -19,7 +19,7 @@ from tests.convert.checkpoints import bpe, hf, palm, save, tokenizers
 
 def export(folder: Path, *flags: str, tokenizer: Any = None, **shape: Any) -> GGUFReader:
     path = save(folder / "last.ckpt", {"policy": palm(**shape)}, tokenizer)
-    assert main(["export", str(path), str(folder / "model.gguf"), "--format", "gguf", *flags]) == 0
+    assert main(["export", str(path), str(folder / "model.gguf"), "--gguf", *flags]) == 0
     assert {p.name for p in folder.iterdir()} == {"last.ckpt", "model.gguf"}
     return GGUFReader(folder / "model.gguf")
 

@@ -326,5 +326,17 @@ def test_a_foreign_folder_is_not_overwritten(tmp_path: Path, capsys: pytest.Capt
     assert main(arguments) == 2
     assert "is not empty (it holds thesis.tex)" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
-    assert main([*arguments[:2], "memory://imports/palm", *arguments[3:]]) == 0
+
+
+def test_a_folder_behind_a_url(tmp_path: Path) -> None:
+    import fsspec
+
+    torch.save(theirs(finetune_scopes=("one", "two"), lora_r=2).state_dict(), tmp_path / "palm.pt")
+    arguments = ["import", str(tmp_path / "palm.pt"), "memory://imports/palm", "--tokenizer", "bytes"]
+    for scope in ("one", "two", "two"):
+        assert main([*arguments, "--scope", scope, "--keep_lora", "true"]) == 0
+    files = fsspec.filesystem("memory").find("/imports/palm")
+    kept = ("adapter_config.json", "adapter_model.safetensors", "config.json", "policy.safetensors")
+    names = ["config.json", "policy.safetensors", *(f"adapter-two/{name}" for name in kept)]
+    assert files == sorted(f"/imports/palm/{name}" for name in names)
     assert read_checkpoint("memory://imports/palm").header["kind"] == "language_model"
