@@ -106,7 +106,7 @@ def check_export(checkpoint: Path, folder: Path, role: str) -> None:
     assert torch.equal(ours, back)
     if role == "policy":
         assert torch.equal(AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits, ours)
-    elif json.loads((folder / "config.json").read_text())["model_type"] != "cohere":  # of which transformers has no sequence classifier
+    elif json.loads((folder / "config.json").read_text())["model_type"] != "cohere":  # which has no classifier there
         classifier = AutoModelForSequenceClassification.from_pretrained(folder).eval()
         scores = classifier(ids).logits[:, 0] + getattr(classifier.config, "lit_palm", {})["score_bias"]
         assert (scores - ours[:, -1]).abs().max() < 1e-5  # the scale is folded into the weights
