@@ -63,10 +63,11 @@ def recomputed(hidden: Tensor) -> Iterator[None]:
     It is computed again from `fused`, which that of `split_swiglu` keeps anyway: a tensor of the feed-forward's inner
     width less for a pass over memory more.
     """
-    node: Any = hidden.grad_fn
-    if not isinstance(node, _SplitSwiGLU._backward_cls):  # type: ignore[attr-defined]
+    made_by = hidden.grad_fn
+    if type(made_by) is not _SplitSwiGLU._backward_cls:  # type: ignore[attr-defined]
         yield
         return
+    node: Any = made_by
     place, size = hidden.data_ptr(), hidden.numel()
 
     def pack(kept: Tensor) -> Any:
