@@ -14,7 +14,8 @@ from lit_palm import load_network
 from lit_palm.models.base import ScalarNetwork
 from lit_palm.modules.checkpoint import read_checkpoint
 from tests.families import FAMILIES, write_family
-from tests.foreign.aligning import second, train, weights, write_data
+from tests.foreign.aligning import arguments, keep, second, train, weights, write_data
+from tests.foreign.test_sharded_families import STRATEGY, WEIGHTS, run
 
 LORA = ["--model.lora.rank=4", "--model.lora.alpha=8", "--model.lora.targets=all-linear"]
 # float32: a frozen matrix and its update are two sums, merged they are one
@@ -89,3 +90,25 @@ def test_a_value_network_of_the_trunk_is_scalar(family: str, tmp_path: Path) -> 
     path = check("dpo", network, data, tmp_path / "dpo", *more)
     assert any("lora_magnitude_vector" in name for name in weights(path))
     assert not isinstance(load_network(path), ScalarNetwork)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gpt2", "cohere"])
+def test_two_processes_that_share_the_trunk(family: str, tmp_path: Path) -> None:
+    """FSDP2: exact resumption, and the weights of one process."""
+    data, network = write_data(tmp_path / "data"), write_family(tmp_path / family, family)
+    stages = ("sft", "reward", "ppo")
+    commands = []
+    for stage in stages:
+        given = ["fit", *arguments(stage, network, data, batch=2), *STRATEGY, *LORA]
+        whole, again = tmp_path / stage / "whole", tmp_path / stage / "again"
+        commands += [[*given, *keep(whole)], [*given, *keep(again), f"--ckpt_path={second(whole)}"]]
+    run(commands, tmp_path)
+    for stage in stages:
+        ours, theirs = (weights(tmp_path / stage / name / "last.ckpt") for name in ("whole", "again"))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+        one = weights(train(stage, network, data, tmp_path / stage / "one", *LORA))
+        assert one.keys() == ours.keys()
+        for k in one:
+            if not k.endswith(("reward.head.bias", "reward.offset")):  # moved by nothing but rounding
+                assert (one[k] - ours[k]).abs().max() < WEIGHTS, k
