@@ -18,6 +18,7 @@ from lit_palm.cli import main
 from lit_palm.data.templates import encode_chat
 from lit_palm.data.tokenizers import ByteTokenizer, load_tokenizer
 from lit_palm.models.base import ScalarNetwork
+from lit_palm.modules.checkpoint import read_checkpoint
 from lit_palm.modules.weights import load_network
 from lit_palm.rollout.engine import CachedEngine
 from lit_palm.rollout.sampling import Sampling
@@ -102,6 +103,8 @@ def test_a_folder_of_coheres_own_is_imported(tmp_path: Path) -> None:
 def test_the_tokenizer_gives_the_same_ids(tmp_path: Path, kind: str) -> None:
     tokenizer = tokenizers()[kind]
     folder = export(tmp_path, {"policy": palm()}, tokenizer=tokenizer)
+    brought = read_checkpoint(folder, header_only=True).tokenizer
+    assert brought is not None and brought.same_as(tokenizer)
     (folder / "lit_palm_tokenizer.json").unlink()  # theirs alone
     theirs = AutoTokenizer.from_pretrained(folder)
     for text in [*texts(), "", " ", "naïve 中文 ½ x²", "a\tb\r\n\n  c"]:

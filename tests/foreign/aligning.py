@@ -96,8 +96,8 @@ def check_stage(stage: str, network: Path, data: Path, folder: Path) -> Path:
 
 @torch.no_grad()
 def check_export(checkpoint: Path, folder: Path, role: str) -> None:
-    """What is exported computes what the checkpoint does."""
+    """What is exported computes what the checkpoint does; of a reward model to rounding, its calibration is folded."""
     assert main(["export", str(checkpoint), str(folder)]) == 0
     ids = torch.randint(5, 320, (2, 20), generator=torch.Generator().manual_seed(2))
     one, other = (load_network(path, role).eval()(ids) for path in (checkpoint, folder))
-    assert torch.equal(one, other)
+    assert torch.allclose(one, other, atol=1e-5) if role == "reward" else torch.equal(one, other)
