@@ -180,7 +180,7 @@ def _network_config(folder: Path) -> HuggingFaceConfig:
 
 def _tokenizer(folder: Path) -> dict[str, Any] | None:
     """What a checkpoint would carry of the folder's tokeniser; None when there is none."""
-    if (folder / TOKENIZER_FILE).exists():  # exported from here: the tokeniser itself, not one that is equal to it
+    if (folder / TOKENIZER_FILE).exists():  # exported by us: exactly the one that the network was trained with
         return load_tokenizer(str(folder)).to_dict()
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
     if not any((folder / name).exists() for name in names):
