@@ -216,6 +216,7 @@ def test_wrong_requests_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         ((reward, "x"), "pools the mean over positions"),
         ((policy, "full"), "is not empty (it holds config.json) and was not written by lit-palm"),
         ((policy, "file"), "is a file; name a folder"),
+        ((policy, "file/below"), "file/below: cannot be written ("),
         ((policy, "x", "--max_shard_size", "big"), "--max_shard_size big: is no size"),
         ((policy, "x", "--format", "gguf", "--push", "me/x"), "--push me/x: uploads a folder of transformers"),
         ((policy, "x", "--format", "onnx"), "'huggingface', 'gguf', 'lit-palm'"),
