@@ -166,8 +166,9 @@ def test_a_folder_of_shards(tmp_path: Path) -> None:
     assert sorted(there) == sorted(f"/exported/{path.name}" for path in (tmp_path / "exported").iterdir())
 
 
-def test_what_comes_along(tmp_path: Path) -> None:
+def test_what_comes_along(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = export(tmp_path, {"policy": palm(), "value": palm(scalar=True)}, "--dtype", "bfloat16")
+    assert "that is its policy; --network takes its value instead" in capsys.readouterr().err
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",

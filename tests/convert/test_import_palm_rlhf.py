@@ -294,12 +294,16 @@ def _wide(folder: Path) -> str:
     return str(folder / "wide")
 
 
-def test_no_code_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_code_is_run_and_a_short_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Evil:
         def __reduce__(self) -> Any:
             return (print, ("run",))
 
     assert "cannot be read safely" in refused(capsys, tmp_path, {"x": Evil()})
+    torch.save(theirs().state_dict(), tmp_path / "palm.pt")
+    (tmp_path / "palm.pt").write_bytes((tmp_path / "palm.pt").read_bytes()[:-2000])
+    assert main(["import", str(tmp_path / "palm.pt"), str(tmp_path / "imported"), "--tokenizer", "bytes"]) == 2
+    assert "palm.pt: is truncated: copy or download it again" in capsys.readouterr().err
 
 
 @torch.no_grad()
