@@ -85,7 +85,8 @@ def foreign_weights(path: str) -> Mapping[str, Tensor]:
     files = SafetensorsFiles(index_of(place))
     head = find_head(files, str(place)) if role == "reward" else None
     if head is not None:
-        head.constant = float(((_config_json(place) or {}).get("lit_palm") or {}).get("score_bias", 0.0))
+        own = (_config_json(place) or {}).get("lit_palm") or {}
+        head.constant = float(own.get("score_bias", 0.0))
     below = f"networks.{role}.trunk.lm." if head else f"networks.{role}.lm."
     names = rename(config, files, below_head=head is not None)
     trunk: Mapping[str, Tensor] = files

@@ -20,20 +20,20 @@ _OUTPUTS = ("lm_head.weight", "embed_out.weight", "output.weight")
 
 @dataclass
 class Head:
-    """A row of weights and a bias, by the names they have in the folder, and what else is added to a score."""
+    """A row of weights and a bias, by the names they have in the folder."""
 
     files: Mapping[str, Tensor]
     weight: str
     bias: str | None
     constant: float = 0.0
-    """The bias of a reward model that was exported from here to a layout without one."""
+    """Added to the score; what a folder that was exported here says, whose layout has no bias."""
 
     def tensors(self) -> dict[str, Tensor]:
         """What a `ScalarNetwork` keeps beside its trunk."""
         weight = self.files[self.weight]
         bias = self.files[self.bias].reshape(1) if self.bias else torch.zeros(1, dtype=weight.dtype)
-        # a scalar network computes with float32 buffers
         bias = bias + self.constant
+        # a scalar network computes with float32 buffers
         return {"head.weight": weight, "head.bias": bias, "offset": torch.zeros(()), "scale": torch.ones(())}
 
 
