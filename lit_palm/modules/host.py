@@ -24,7 +24,7 @@ from lit_palm.data.tokenizers import Tokenizer
 from lit_palm.models.base import NetworkConfig
 from lit_palm.models.weights import local
 from lit_palm.modules import restoring, resume
-from lit_palm.modules.checkpoint import FORMAT, load_checkpoint_tokenizer, network_to_dict, read_config
+from lit_palm.modules.checkpoint import FORMAT, network_to_dict, read_checkpoint, read_config
 from lit_palm.modules.compatibility import (
     check_extras,
     check_objective,
@@ -107,10 +107,10 @@ class LitModule(SpreadModule):
     # ------------------------------------------------------------------ set-up
 
     def load_tokenizer(self) -> Tokenizer | None:
-        """The tokeniser of the checkpoint that `network` is or starts from; None when that is nothing."""
+        """The tokeniser of the checkpoint that `network` is or starts from; None when it has none, or there is none."""
         path = self.network if isinstance(self.network, str) else next(iter(self.network.starts.values()), None)
         if self.tokenizer is None and path is not None:
-            self.tokenizer = load_checkpoint_tokenizer(path)
+            self.tokenizer = read_checkpoint(path, header_only=True).tokenizer
         return self.tokenizer
 
     def setup(self, stage: str) -> None:

@@ -63,10 +63,11 @@ class _Parts(Source):
     Args:
         parts: their sources, by what the names of their weights begin with.
         rest: has all weights, of which those of the parts are not asked for.
+        dropped: weights of the parts that are not wanted, by their names there.
     """
 
-    def __init__(self, parts: dict[str, Source], rest: Source) -> None:
-        self.parts, self.rest = parts, rest
+    def __init__(self, parts: dict[str, Source], rest: Source, dropped: frozenset[str] = frozenset()) -> None:
+        self.parts, self.rest, self.dropped = parts, rest, dropped
 
     def _of(self, name: str) -> tuple[Source, str]:
         start = self.start_of(name)
@@ -77,7 +78,8 @@ class _Parts(Source):
         return next((start for start in self.parts if name.startswith(start)), None)
 
     def names(self) -> Iterable[str]:
-        theirs = (f"{start}{name}" for start, source in self.parts.items() for name in source.names())
+        named = ((start, name) for start, source in self.parts.items() for name in source.names())
+        theirs = [f"{start}{name}" for start, name in named if name not in self.dropped]
         return [*theirs, *(name for name in self.rest.names() if self.start_of(name) is None)]
 
     def shape(self, name: str) -> Sequence[int]:
@@ -126,7 +128,8 @@ class Blueprint:
     def in_parts(self) -> bool:
         """Whether a process can make its part alone."""
         trunk = self.empty.trunk if isinstance(self.empty, ScalarNetwork) else self.empty
-        return isinstance(trunk, Network) and trunk.in_parts
+        loaded = self.stored is not None or (self.pooling is None and bool(self.config.starts))
+        return isinstance(trunk, Network) and (trunk.in_parts or (loaded and trunk.loads_in_parts))
 
     @cached_property
     def source(self) -> Source:
@@ -143,7 +146,7 @@ class Blueprint:
             assert isinstance(self.empty, ScalarNetwork)
             # named as the language model's own: a value network starts with the policy's weights
             trunk = self.stored or Fresh(self.empty.trunk, self.seed)
-            source = _Parts({"trunk.": trunk}, Fresh(self.empty, self.seed))
+            source = _Parts({"trunk.": trunk}, Fresh(self.empty, self.seed), self.empty.dropped)
         _check_fit(self.empty, source, self.where)
         return source
 
