@@ -60,9 +60,7 @@ class Renamed(Mapping[str, Tensor]):
         return tuple(of(there)) if of is not None else tuple(self._weights[there].shape)
 
 
-def rename(
-    config: HuggingFaceConfig, there: Mapping[str, Tensor], below_head: bool = False
-) -> dict[str, str] | None:
+def rename(config: HuggingFaceConfig, there: Mapping[str, Tensor], below_head: bool = False) -> dict[str, str] | None:
     """For each weight of the model, its name in a folder; None when some are not to be found under a name like theirs.
 
     What a folder holds beside them (masks and frequencies that older versions wrote, a tied output weight) is passed
@@ -96,9 +94,7 @@ def whole_model(path: str, config: HuggingFaceConfig, below_head: bool = False, 
 
     read: Any = AutoModelForCausalLM.from_pretrained
     try:
-        model, found = read(
-            path, output_loading_info=True, trust_remote_code=config.code is not None, **options
-        )
+        model, found = read(path, output_loading_info=True, trust_remote_code=config.code is not None, **options)
     except Exception as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path}: transformers cannot read its weights ({why})") from error

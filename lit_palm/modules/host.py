@@ -66,6 +66,7 @@ class LitModule(SpreadModule):
         clip_per_network: clip each network's gradient by its own norm rather than all together.
         overrides: fields to change in the configuration of the checkpoint's network, such as `dropout`.
         sharding: how networks are spread where the Trainer's strategy spreads them.
+        unfrozen_layers: train so many of the topmost blocks and what is above them; None: everything.
     """
 
     kind: ClassVar[Kind]
@@ -79,8 +80,10 @@ class LitModule(SpreadModule):
         clip_per_network: bool = False,
         overrides: dict[str, Any] | None = None,
         sharding: Sharding | None = None,
+        unfrozen_layers: int | None = None,
     ) -> None:
         super().__init__(sharding)
+        self.unfrozen_layers = unfrozen_layers
         check_objective(objective, type(self).__name__, self.kind)
         self.network = network
         self.objective = objective
@@ -158,6 +161,7 @@ class LitModule(SpreadModule):
                 f"the network has {found.config.vocab_size} token ids, the tokeniser {self.tokenizer.vocab_size}: "
                 "leave model.network.init_args.vocab_size out to follow the tokeniser"
             )
+        found.unfrozen = self.unfrozen_layers
         return found
 
     def configure_model(self) -> None:

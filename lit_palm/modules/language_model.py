@@ -84,6 +84,7 @@ class LitLanguageModel(LitModule):
         sampling: how they are continued.
         sample_seed: seed of those samples; the same at every validation, so that samples compare.
         sharding: how networks are spread where the Trainer's strategy spreads them.
+        unfrozen_layers: train so many of the topmost blocks and what is above them; None: everything.
     """
 
     kind: ClassVar[Kind] = "language_model"
@@ -100,9 +101,11 @@ class LitLanguageModel(LitModule):
         sampling: Sampling | None = None,
         sample_seed: int = 0,
         sharding: Sharding | None = None,
+        unfrozen_layers: int | None = None,
     ) -> None:
         objective = objective or LanguageModeling()
-        super().__init__(network, objective, optimizer, scheduler, clip_per_network, overrides, sharding)
+        options = clip_per_network, overrides, sharding, unfrozen_layers
+        super().__init__(network, objective, optimizer, scheduler, *options)
         self.sample_prompts = sample_prompts or []
         self.sampling = sampling or Sampling()
         self.sample_seed = sample_seed

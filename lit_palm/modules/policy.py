@@ -60,6 +60,8 @@ class LitPolicy(LitModule):
         clip_per_network: clip each network's gradient by its own norm rather than all together.
         overrides: fields to change in the configuration of the checkpoint's network, such as `dropout`.
         sharding: how networks are spread where the Trainer's strategy spreads them, and what is kept off the device.
+        unfrozen_layers: train so many of the policy's topmost blocks and what is above them (of a value network that
+            starts as the policy too); None: everything.
     """
 
     kind: ClassVar[Kind] = "policy"
@@ -83,8 +85,10 @@ class LitPolicy(LitModule):
         precompute_reference: bool = False,
         reference_update: ReferenceUpdate | None = None,
         sharding: Sharding | None = None,
+        unfrozen_layers: int | None = None,
     ) -> None:
-        super().__init__(network, objective or PPO(), optimizer, scheduler, clip_per_network, overrides, sharding)
+        options = clip_per_network, overrides, sharding, unfrozen_layers
+        super().__init__(network, objective or PPO(), optimizer, scheduler, *options)
         self.rewards: list[Reward] = list(rewards or [])
         names = [r.name for r in self.rewards]
         if len(set(names)) != len(names):

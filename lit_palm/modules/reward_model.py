@@ -50,6 +50,7 @@ class LitRewardModel(LitModule):
         pooling: read the score off the `last` token, or the running `mean` over all tokens, which small networks learn
             from less data. A reward model's checkpoint keeps its own.
         sharding: how networks are spread where the Trainer's strategy spreads them.
+        unfrozen_layers: train so many of the topmost blocks and what is above them; None: everything.
     """
 
     kind: ClassVar[Kind] = "reward"
@@ -66,9 +67,11 @@ class LitRewardModel(LitModule):
         calibrate: Literal["none", "mean", "whiten"] = "mean",
         pooling: Literal["last", "mean"] = "last",
         sharding: Sharding | None = None,
+        unfrozen_layers: int | None = None,
     ) -> None:
         objective = objective or RewardRanking()
-        super().__init__(network, objective, optimizer, scheduler, clip_per_network, overrides, sharding)
+        options = clip_per_network, overrides, sharding, unfrozen_layers
+        super().__init__(network, objective, optimizer, scheduler, *options)
         self.calibrate = calibrate
         self.pooling = pooling
         self._moments = RunningMoments()
@@ -80,7 +83,9 @@ class LitRewardModel(LitModule):
 
     def build_networks(self) -> dict[str, nn.Module]:
         if isinstance(self.network, str) and "reward" in read_checkpoint(self.network).header["networks"]:
-            return {"reward": self.make("reward", blueprint(self.network, "reward", self.overrides))}
+            found = blueprint(self.network, "reward", self.overrides)
+            found.unfrozen = self.unfrozen_layers
+            return {"reward": self.make("reward", found)}
         return {"reward": self.make("reward", over(self.blueprint(), self.pooling))}
 
     def _output(self, batch: Experience, calibrated: bool = False) -> Output:

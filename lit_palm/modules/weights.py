@@ -102,6 +102,7 @@ class Blueprint:
         stored: the weights of a checkpoint; None: fresh ones.
         trunk_only: `stored` are those of a language model, below a fresh scalar head.
         where: what it comes from, for messages.
+        unfrozen: blocks that are trained, of the topmost; None: all.
     """
 
     config: NetworkConfig
@@ -110,12 +111,15 @@ class Blueprint:
     stored: Source | None = None
     trunk_only: bool = False
     where: str = "the new network"
+    unfrozen: int | None = None
 
     def structure(self) -> nn.Module:
         """The network on the current device, with weights that mean nothing."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)  # one that cannot be made in parts draws its weights here
             network = self.config.build()
+            if self.unfrozen is not None:
+                freeze_below(network, self.unfrozen)
             return network if self.pooling is None else ScalarNetwork(network, self.pooling)
 
     @cached_property
@@ -211,6 +215,22 @@ def blueprint(
     pooling = None if role == "policy" else networks[there].get("pooling", "last")
     stored = Stored(checkpoint.path, there)
     return Blueprint(config, seed, pooling, stored, trunk_only=pooling is not None and there == "policy", where=path)
+
+
+def freeze_below(network: Network, count: int) -> None:
+    """Train nothing below the topmost `count` blocks: neither the other blocks nor embeddings, to which a tied output
+    weight belongs. What stands above the blocks is trained in any case.
+
+    Raises:
+        ValueError: there are fewer blocks.
+    """
+    blocks = network.blocks()
+    if not 0 <= count <= len(blocks):
+        raise ValueError(
+            f"model.unfrozen_layers is {count}: choose from 0 to the network's {len(blocks)} blocks, or null"
+        )
+    for module in [*blocks[: len(blocks) - count], *(m for m in network.modules() if isinstance(m, nn.Embedding))]:
+        module.requires_grad_(False)
 
 
 def over(trunk: Blueprint, pooling: Literal["last", "mean"] = "last") -> Blueprint:
