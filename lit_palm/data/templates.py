@@ -112,7 +112,7 @@ def _compile(template: str) -> jinja2.Template:
 def _text(template: str, messages: Sequence[Message], generation: bool, tokens: dict[str, str]) -> str:
     try:
         return _compile(template).render(messages=list(messages), add_generation_prompt=generation, **tokens)
-    except (jinja2.TemplateError, TypeError, KeyError) as error:
+    except Exception as error:  # a template is a program of somebody else's
         raise ValueError(f"the chat template does not take these messages: {error}") from error
 
 

@@ -12,7 +12,7 @@ Networks are pure torch: no Lightning, no devices, no ranks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -71,6 +71,18 @@ class Cache(ABC):
     def select(self, rows: Tensor) -> None:
         """Keep the given rows ([B'] long), in the given order, repeats allowed; in place."""
 
+    def join(self, other: Cache) -> None:
+        """Append the rows of another cache of the same network; the shorter of both is padded on the left.
+
+        Padding is masked, and every row goes on at its own position. The other cache is not to be used afterwards.
+        Continuous batching needs this and `trim`; an engine that keeps its rows together does not.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not take rows in while decoding: it has no join")
+
+    def trim(self, count: int) -> None:
+        """Drop the first `count` slots, which are padding in every row."""
+        raise NotImplementedError(f"{type(self).__name__} does not take rows in while decoding: it has no trim")
+
 
 class Network(nn.Module, ABC):
     """A causal language model.
@@ -83,6 +95,9 @@ class Network(nn.Module, ABC):
 
     takes_prefixes: ClassVar[bool] = False
     """Whether `forward` takes `prefixes`, so that a prompt with several completions can be encoded once."""
+
+    lora_targets: ClassVar[Sequence[str] | None] = None
+    """Names of the linear layers that LoRA adapts unless told otherwise; None: what is usual, or all of them."""
 
     @property
     def extras(self) -> frozenset[str]:

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from lit_palm.data.tokenizers import Tokenizer
 from lit_palm.models.base import NetworkConfig
+from lit_palm.models.lora import LoRA
 from lit_palm.models.weights import local
 from lit_palm.modules import restoring, resume
 from lit_palm.modules.checkpoint import FORMAT, network_to_dict, read_checkpoint, read_config
@@ -66,6 +67,7 @@ class LitModule(SpreadModule):
         clip_per_network: clip each network's gradient by its own norm rather than all together.
         overrides: fields to change in the configuration of the checkpoint's network, such as `dropout`.
         sharding: how networks are spread where the Trainer's strategy spreads them.
+        lora: train adapters beside frozen weights; None: all weights.
         unfrozen_layers: train so many of the topmost blocks and what is above them; None: everything.
     """
 
@@ -80,10 +82,15 @@ class LitModule(SpreadModule):
         clip_per_network: bool = False,
         overrides: dict[str, Any] | None = None,
         sharding: Sharding | None = None,
+        lora: LoRA | None = None,
         unfrozen_layers: int | None = None,
     ) -> None:
         super().__init__(sharding)
-        self.unfrozen_layers = unfrozen_layers
+        if lora is not None:
+            lora.check_installed()
+        if lora is not None and unfrozen_layers is not None:
+            raise ValueError("model.lora trains adapters and freezes all blocks: leave model.unfrozen_layers out")
+        self.lora, self.unfrozen_layers = lora, unfrozen_layers
         check_objective(objective, type(self).__name__, self.kind)
         self.network = network
         self.objective = objective
@@ -110,7 +117,7 @@ class LitModule(SpreadModule):
     # ------------------------------------------------------------------ set-up
 
     def load_tokenizer(self) -> Tokenizer | None:
-        """The tokeniser of the checkpoint that `network` is or starts from; None when it has none, or there is none."""
+        """The tokeniser of the checkpoint that `network` is or starts from; None when there is none."""
         path = self.network if isinstance(self.network, str) else next(iter(self.network.starts.values()), None)
         if self.tokenizer is None and path is not None:
             self.tokenizer = read_checkpoint(path, header_only=True).tokenizer
@@ -265,7 +272,8 @@ class LitModule(SpreadModule):
         if grads:
             torch._foreach_mul_(grads, factor.to(grads[0]))
         for role in self._frozen:
-            self.drop_gradients(self.networks[role])
+            for _, parameter in self.networks.parameters_of(role):
+                parameter.grad = None
         if self._watched:
             sums = {k: self.all_sum(torch.stack(v).sum(0)).tolist() for k, v in self._watched.items()}
             if self.objective.after_step({k: s / max(n, 1) for k, (s, n) in sums.items()}):
@@ -290,13 +298,15 @@ class LitModule(SpreadModule):
             gradient_clip_val = None
         group = next((root.process_group for root in roots(self.networks) if isinstance(root, FSDP)), None)
         squares = []
-        for part in self.networks.values() if self.clip_per_network else [self.networks]:
-            norm = total_norm(part.parameters(), self.device)
+        roles = list(self.networks)
+        for part in [[role] for role in roles] if self.clip_per_network else [roles]:
+            parameters = [p for role in part for _, p in self.networks.parameters_of(role)]
+            norm = total_norm(parameters, self.device)
             if group is not None:  # FSDP1's parts know nothing of each other
                 norm = sum_over(norm.square(), group)
             squares.append(norm.square())
             if gradient_clip_val:
-                nn.utils.clip_grads_with_norm_(part.parameters(), gradient_clip_val, norm)
+                nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
         self.log("grad_norm", torch.stack(squares).sum().sqrt())
 
     # ------------------------------------------------------------------ checkpoints

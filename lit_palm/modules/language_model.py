@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from lit_palm.models.base import Network, NetworkConfig
 from lit_palm.models.logprobs import TokenLogProbs
+from lit_palm.models.lora import LoRA
 from lit_palm.models.shared_prompts import share_prompts
 from lit_palm.modules.host import LitModule, default_optimizer
+from lit_palm.modules.lora_stages import one_role
 from lit_palm.modules.sharding import Sharding
+from lit_palm.modules.spread import Networks
 from lit_palm.objectives.base import Kind, Objective
 from lit_palm.objectives.language_modeling import LanguageModeling
 from lit_palm.parallel.sharded import bare
@@ -84,6 +87,8 @@ class LitLanguageModel(LitModule):
         sampling: how they are continued.
         sample_seed: seed of those samples; the same at every validation, so that samples compare.
         sharding: how networks are spread where the Trainer's strategy spreads them.
+        lora: train an adapter beside frozen weights, which checkpoints then name instead of holding; None: train all
+            weights.
         unfrozen_layers: train so many of the topmost blocks and what is above them; None: everything.
     """
 
@@ -101,10 +106,11 @@ class LitLanguageModel(LitModule):
         sampling: Sampling | None = None,
         sample_seed: int = 0,
         sharding: Sharding | None = None,
+        lora: LoRA | None = None,
         unfrozen_layers: int | None = None,
     ) -> None:
         objective = objective or LanguageModeling()
-        options = clip_per_network, overrides, sharding, unfrozen_layers
+        options = clip_per_network, overrides, sharding, lora, unfrozen_layers
         super().__init__(network, objective, optimizer, scheduler, *options)
         self.sample_prompts = sample_prompts or []
         self.sampling = sampling or Sampling()
@@ -117,7 +123,9 @@ class LitLanguageModel(LitModule):
         """What the progress bar calls this stage."""
         return "fine-tuning" if isinstance(self.network, str) else "pre-training"
 
-    def build_networks(self) -> dict[str, nn.Module]:
+    def build_networks(self) -> dict[str, nn.Module] | Networks:
+        if self.lora is not None:
+            return one_role(self, "policy", self.blueprint())
         return {"policy": self.make("policy", self.blueprint())}
 
     def _output(self, batch: Experience) -> Output:

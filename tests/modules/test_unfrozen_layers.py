@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_palm.models.lora import LoRA
 from lit_palm.modules import LitLanguageModel, LitPolicy, LitRewardModel
 from lit_palm.objectives import PPO
 from lit_palm.rollout.collector import RolloutConfig
@@ -101,3 +102,8 @@ def test_spread_over_two_processes_it_takes_the_same_steps(strategy: str, tmp_pa
 def test_too_many_blocks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model.unfrozen_layers is 4: choose from 0 to the network's 3 blocks"):
         make_trainer(tmp_path, max_epochs=1).fit(module("language_model", 4), datamodule=demonstration_data(tmp_path))
+
+
+def test_adapters_freeze_all_blocks_already() -> None:
+    with pytest.raises(ValueError, match=r"model.lora trains adapters .* leave model.unfrozen_layers out"):
+        LitLanguageModel(config(), lora=LoRA(), unfrozen_layers=1)
