@@ -25,6 +25,7 @@ from lit_palm import (
     read_checkpoint,
 )
 from lit_palm.callbacks import LastCheckpoint
+from lit_palm.rollout.continuous_engine import ContinuousEngine
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +91,10 @@ def test_greedy_decoding_is_what_a_computation_by_hand_says(two_qs: bool) -> Non
             assert token == int(shifted.argmax())
             assert logp == pytest.approx(float(torch.log_softmax(shifted, -1)[0, token]), abs=1e-5)
             tokens = torch.cat([tokens, torch.tensor([[token]])], 1)
+    others = ContinuousEngine(max_batch_size=2).generate(  # what serves and chats
+        made, prompts, Sampling(max_new_tokens=8, temperature=0.0), torch.arange(4), pad_id=0, eos_id=1
+    )
+    assert [c.tolist() for c in others.completions] == [c.tolist() for c in found.completions]
     made.config.decode_beta = 0.0
     plain = CachedEngine().generate(
         made.base, prompts, Sampling(max_new_tokens=8, temperature=0.0), torch.arange(4), pad_id=0, eos_id=1
