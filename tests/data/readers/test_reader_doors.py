@@ -257,3 +257,42 @@ def test_a_reader_of_ones_own_needs_one_method(write: Any) -> None:
         DemonstrationData(train=write("y.jsonl", [{"halves": ["a"]}]), reader=Proverbs(), tokenizer="bytes").setup(
             "fit"
         )
+
+
+# ------------------------------------------------------------------------------------------ the same as `datasets`
+
+LAYOUTS: dict[str, list[str]] = {
+    "names": ["train.jsonl", "test.jsonl"],
+    "compressed": ["train.jsonl.gz", "validation.jsonl.gz"],
+    "shards": [
+        "data/train-00000-of-00002.parquet",
+        "data/train-00001-of-00002.parquet",
+        "data/dev_x-00000-of-00001.parquet",
+    ],
+    "folders": ["train/0000.parquet", "validation/0000.parquet"],
+    "prefixed": ["my_train_data.jsonl", "my_test_data.jsonl"],
+    "part": ["helpful-base/train.jsonl", "helpful-base/test.jsonl", "harmless-base/train.jsonl"],
+    "no splits": ["a.jsonl", "b.jsonl"],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_copy_is_split_as_datasets_splits_it(layout: str, tmp_path: Path) -> None:
+    """Each file holds a row with its own name; `load_dataset` on the folder says which rows a split has."""
+    (tmp_path / "copy").mkdir()
+    for name in LAYOUTS[layout]:
+        path, row = tmp_path / "copy" / name, pair(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith("parquet"):
+            pq.write_table(pa.Table.from_pylist([row]), path)
+        else:
+            line = (json.dumps(row) + "\n").encode()
+            path.write_bytes(gzip.compress(line) if name.endswith("gz") else line)
+    reader = HHRLHF("helpful-base") if layout == "part" else HHRLHF()
+    folder = str(tmp_path / "copy")
+    options = {"data_dir": "helpful-base"} if layout == "part" else {}
+    theirs = datasets.load_dataset(folder, cache_dir=str(tmp_path / "hf"), **options)
+    for split in theirs:
+        ours = [row.columns for row in reader.open(folder, split, None)]
+        assert ours == list(theirs[split]), split
+    assert reader.has_splits(folder) == (layout != "no splits")
