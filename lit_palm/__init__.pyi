@@ -14,6 +14,7 @@ from lit_palm.data.tokenizers import load_tokenizer as load_tokenizer
 from lit_palm.models.base import Network as Network
 from lit_palm.models.base import NetworkConfig as NetworkConfig
 from lit_palm.models.base import ScalarNetwork as ScalarNetwork
+from lit_palm.models.huggingface_config import HuggingFaceConfig as HuggingFaceConfig
 from lit_palm.models.palm import PaLM as PaLM
 from lit_palm.models.palm import PaLMConfig as PaLMConfig
 from lit_palm.modules import LitLanguageModel as LitLanguageModel
@@ -42,6 +43,7 @@ from lit_palm.rollout.rewards import RepetitionPenalty as RepetitionPenalty
 from lit_palm.rollout.rewards import Reward as Reward
 from lit_palm.rollout.rewards import RewardBatch as RewardBatch
 from lit_palm.rollout.rewards import RewardModel as RewardModel
+from lit_palm.rollout.rewards import SequenceClassifier as SequenceClassifier
 from lit_palm.rollout.sampling import Sampling as Sampling
 from lit_palm.types import Experience as Experience
 from lit_palm.types import Loss as Loss

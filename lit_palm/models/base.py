@@ -126,9 +126,16 @@ class Network(nn.Module, ABC):
     def blocks(self) -> list[nn.Module]:
         """The repeated blocks, in order: what sharding wraps and activation checkpointing recomputes."""
 
+    def drop_output(self) -> list[str]:
+        """Forget weights that nothing but logits needs, below a scalar head; their names."""
+        return []
+
     in_parts: ClassVar[bool] = False
     """Whether the network can be made without ever being whole: built on the meta device it holds nothing but what
     `initial_std` describes. One that cannot is made whole on every process before it is sharded."""
+
+    loads_in_parts: ClassVar[bool] = False
+    """Whether that holds when its weights come from a checkpoint: on the meta device it lacks nothing but them."""
 
     def initial_std(self, name: str) -> float | None:
         """How a fresh weight is drawn: N(0, std^2); 0 gives zeros, None ones. For networks that come `in_parts`."""
@@ -157,6 +164,8 @@ class ScalarNetwork(nn.Module):
         if pooling not in ("last", "mean"):
             raise ValueError(f"pooling is {pooling!r}: choose last or mean")
         self.trunk = trunk
+        self.dropped = frozenset(trunk.drop_output())
+        """Names of weights of the language model that this network does without."""
         self.pooling = pooling
         device = torch.get_default_device()
         with torch.device("meta"):

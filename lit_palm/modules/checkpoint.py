@@ -41,6 +41,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_palm.data.tokenizers import Tokenizer, tokenizer_from_dict
+from lit_palm.foreign import fetch, foreign_header, foreign_weights, is_foreign
 from lit_palm.models.base import Network, NetworkConfig, ScalarNetwork
 from lit_palm.modules.layouts import (
     READ_RETRIES,
@@ -53,7 +54,7 @@ from lit_palm.modules.layouts import (
     open_weights,
 )
 from lit_palm.modules.safetensors_file import write_safetensors
-from lit_palm.modules.storage import resolve, retrying
+from lit_palm.modules.storage import is_local, local_path, resolve, retrying
 
 __all__ = [
     "FORMAT",
@@ -129,6 +130,8 @@ def config_from_dict(data: dict[str, Any], where: str) -> NetworkConfig:
 def read_checkpoint(path: str | os.PathLike[str], header_only: bool = False) -> Checkpoint:
     """Read a checkpoint file, a sharded directory or an exported folder, from disk or any fsspec URL.
 
+    What other tools wrote reads as a checkpoint too: a Hugging Face folder, a GGUF file, or a name on the hub.
+
     Args:
         path: what to read.
         header_only: leave weights out where they are in files of their own.
@@ -137,6 +140,10 @@ def read_checkpoint(path: str | os.PathLike[str], header_only: bool = False) -> 
         ValueError: it does not exist, is not safe to load, is not a lit_palm checkpoint, or has another format.
     """
     path = resolve(path)
+    path = fetch(path) or path
+    if is_local(path) and is_foreign(local_path(path)):
+        weights = {} if header_only else dict(foreign_weights(local_path(path)))
+        return Checkpoint(local_path(path), foreign_header(local_path(path)), weights)
     filesystem, inner = fsspec.core.url_to_fs(path)
     if not retrying(lambda: filesystem.exists(inner), path, READ_RETRIES):
         raise ValueError(f"checkpoint {path!r} does not exist{near(path)}. Run the stage that writes it first.")

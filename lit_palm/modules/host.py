@@ -24,7 +24,7 @@ from lit_palm.data.tokenizers import Tokenizer
 from lit_palm.models.base import NetworkConfig
 from lit_palm.models.weights import local
 from lit_palm.modules import restoring, resume
-from lit_palm.modules.checkpoint import FORMAT, load_checkpoint_tokenizer, network_to_dict, read_config
+from lit_palm.modules.checkpoint import FORMAT, network_to_dict, read_checkpoint, read_config
 from lit_palm.modules.compatibility import check_objective, check_resumable, check_same_run, config_of
 from lit_palm.modules.finite import FiniteSteps
 from lit_palm.modules.means import Means
@@ -98,9 +98,9 @@ class LitModule(SpreadModule):
     # ------------------------------------------------------------------ set-up
 
     def load_tokenizer(self) -> Tokenizer | None:
-        """The tokeniser of the checkpoint that `network` names; None when the network starts from nothing."""
+        """The tokeniser of the checkpoint that `network` names; None when it has none, or there is no checkpoint."""
         if self.tokenizer is None and isinstance(self.network, str):
-            self.tokenizer = load_checkpoint_tokenizer(self.network)
+            self.tokenizer = read_checkpoint(self.network, header_only=True).tokenizer
         return self.tokenizer
 
     def setup(self, stage: str) -> None:

@@ -60,8 +60,8 @@ class Stored(Source):
 class _Trunk(Source):
     """A scalar network whose trunk is a language model's, with a fresh head."""
 
-    def __init__(self, trunk: Source, head: Source) -> None:
-        self.trunk, self.head = trunk, head
+    def __init__(self, trunk: Source, head: Source, dropped: frozenset[str]) -> None:
+        self.trunk, self.head, self.dropped = trunk, head, dropped
 
     def _of(self, name: str) -> tuple[Source, str]:
         below = name.startswith("trunk.")
@@ -69,7 +69,7 @@ class _Trunk(Source):
 
     def names(self) -> Iterable[str]:
         head = (name for name in self.head.names() if not name.startswith("trunk."))
-        return [*(f"trunk.{name}" for name in self.trunk.names()), *head]
+        return [*(f"trunk.{name}" for name in self.trunk.names() if name not in self.dropped), *head]
 
     def shape(self, name: str) -> Sequence[int]:
         source, inner = self._of(name)
@@ -117,7 +117,7 @@ class Blueprint:
     def in_parts(self) -> bool:
         """Whether a process can make its part alone."""
         trunk = self.empty.trunk if isinstance(self.empty, ScalarNetwork) else self.empty
-        return isinstance(trunk, Network) and trunk.in_parts
+        return isinstance(trunk, Network) and (trunk.in_parts or (self.stored is not None and trunk.loads_in_parts))
 
     @cached_property
     def source(self) -> Source:
@@ -132,7 +132,7 @@ class Blueprint:
             assert isinstance(self.empty, ScalarNetwork)
             # named as the language model's own: a value network starts with the policy's weights
             trunk = self.stored or Fresh(self.empty.trunk, self.seed)
-            source = _Trunk(trunk, Fresh(self.empty, self.seed))
+            source = _Trunk(trunk, Fresh(self.empty, self.seed), self.empty.dropped)
         _check_fit(self.empty, source, self.where)
         return source
 

@@ -34,9 +34,13 @@ BUILTINS = {
         "NumericMatch": "lit_palm.rollout.rewards.numeric:NumericMatch",
         "LengthPenalty": "lit_palm.rollout.rewards.penalties:LengthPenalty",
         "RepetitionPenalty": "lit_palm.rollout.rewards.penalties:RepetitionPenalty",
+        "SequenceClassifier": "lit_palm.rollout.rewards.classifier:SequenceClassifier",
         "Ensemble": "lit_palm.rollout.rewards.ensemble:Ensemble",
     },
-    "lit_palm.networks": {"PaLMConfig": "lit_palm.models.palm:PaLMConfig"},
+    "lit_palm.networks": {
+        "PaLMConfig": "lit_palm.models.palm:PaLMConfig",
+        "HuggingFaceConfig": "lit_palm.models.huggingface_config:HuggingFaceConfig",
+    },
     "lit_palm.engines": {"CachedEngine": "lit_palm.rollout.engine:CachedEngine"},
 }
 """What lit_palm brings itself; a test compares it with the concrete classes that exist."""
