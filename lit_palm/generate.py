@@ -1,4 +1,4 @@
-"""`lit-palm generate`, `export` and `consolidate`: what to do with a checkpoint when no Trainer is needed.
+"""`lit-palm generate` and `consolidate`: what to do with a checkpoint when no Trainer is needed.
 
 lit-palm generate --checkpoint runs/demo/ppo/last.ckpt --prompt "The film" --max_new_tokens 40
 lit-palm generate --checkpoint runs/demo/ppo/last.ckpt --file prompts.txt --output completions.jsonl
@@ -18,7 +18,7 @@ import torch
 
 from lit_palm.rollout.sampling import Sampling
 
-__all__ = ["consolidate_main", "export_main", "main"]
+__all__ = ["consolidate_main", "main"]
 
 
 def _parser() -> Any:
@@ -129,21 +129,6 @@ def main(argv: Sequence[str]) -> int:
     else:
         for prompt, text in zip(prompts, texts, strict=True):
             print(f"{prompt}{text}\n")
-    return 0
-
-
-def export_main(argv: Sequence[str]) -> int:
-    """Run `lit-palm export`."""
-    from jsonargparse import ArgumentParser
-
-    from lit_palm.modules.checkpoint import export_folder
-
-    parser = ArgumentParser(prog="lit-palm export", description=export_folder.__doc__, exit_on_error=False)
-    parser.add_argument("checkpoint", type=str, help="A checkpoint file or directory.")
-    parser.add_argument("folder", type=str, help="Where to write config.json and the safetensors files.")
-    args = _parse(parser, argv)
-    export_folder(args.checkpoint, args.folder)
-    print(f"wrote {args.folder}", file=sys.stderr)
     return 0
 
 

@@ -43,6 +43,8 @@ class DemonstrationData(TokenizedData):
         ValueError: when arguments do not fit together.
     """
 
+    view = "demonstrations"
+
     def __init__(
         self,
         max_length: int | None = None,
@@ -73,7 +75,7 @@ class DemonstrationData(TokenizedData):
     def parse(self, rows: Iterator[Row]) -> Iterator[tuple[str, Conversation]]:
         for row in rows:
             conversation = _conversation(row)
-            yield split_key(conversation.prompt, conversation.completion), conversation
+            yield row.group or split_key(conversation.prompt, conversation.completion), conversation
 
     def texts(self, sample: Conversation) -> Iterable[str]:
         return turn_texts(sample.prompt) + turn_texts(sample.completion)

@@ -122,6 +122,8 @@ class PreferenceData(TokenizedData):
         ValueError: when an argument is out of range.
     """
 
+    view = "preferences"
+
     def __init__(
         self,
         max_length: int | None = None,

@@ -53,6 +53,11 @@ class PromptRows(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._records)
 
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """[prompts] tokens of each."""
+        return np.diff(self._offsets)
+
     @overload
     def __getitem__(self, index: int) -> dict[str, Any]: ...
     @overload
@@ -100,6 +105,8 @@ class PromptData(TokenizedData):
         kwargs: the arguments of `TokenizedData`; `batch_size` is used for evaluation only, since the policy says how
             many prompts it collects.
     """
+
+    view = "prompts"
 
     def __init__(self, max_prompt_length: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -151,7 +158,7 @@ class PromptData(TokenizedData):
             prompt = turn(row, "prompt") if "messages" not in row.columns or "prompt" in row.columns else _before(row)
             name = "prompt" if "prompt" in row.columns else "messages"
             columns = {k: v for k, v in row.columns.items() if k != name or not isinstance(prompt, str)}
-            yield split_key(prompt), _Prompt(prompt, columns, row.where)
+            yield row.group or split_key(prompt), _Prompt(prompt, columns, row.where)
 
     def texts(self, sample: _Prompt) -> Iterable[str]:
         return turn_texts(sample.prompt)

@@ -96,9 +96,7 @@ def whole_model(path: str, config: HuggingFaceConfig, below_head: bool = False, 
 
     read: Any = AutoModelForCausalLM.from_pretrained
     try:
-        model, found = read(
-            path, output_loading_info=True, trust_remote_code=config.code is not None, **options
-        )
+        model, found = read(path, output_loading_info=True, trust_remote_code=config.code is not None, **options)
     except Exception as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path}: transformers cannot read its weights ({why})") from error

@@ -12,7 +12,7 @@ Networks are pure torch: no Lightning, no devices, no ranks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -45,6 +45,12 @@ class NetworkConfig(ABC):
     """Longest sequence in tokens."""
     d_model: int
     """Width of the hidden states."""
+
+    @property
+    def starts(self) -> dict[str, str]:
+        """Checkpoints that parts of a new network start as, by what the names of their weights begin with: of a
+        network around a trained one `{"base.": path}`. The other weights are fresh. The first brings the tokeniser."""
+        return {}
 
     @abstractmethod
     def build(self) -> Network:
@@ -89,6 +95,26 @@ class Network(nn.Module, ABC):
 
     takes_prefixes: ClassVar[bool] = False
     """Whether `forward` takes `prefixes`, so that a prompt with several completions can be encoded once."""
+
+    lora_targets: ClassVar[Sequence[str] | None] = None
+    """Names of the linear layers that LoRA adapts unless told otherwise; None: what is usual, or all of them."""
+
+    @property
+    def extras(self) -> frozenset[str]:
+        """Names of the [B, T] tensors that it can give beside what a head gives, about the tokens that the head is
+        about: those that `TokenLogProbs.extras` names are added to its result."""
+        return frozenset()
+
+    def follow(self, before: int, now: int) -> None:
+        """Move what follows the trained weights, such as an averaged copy of some of them.
+
+        Called between steps, before the next batch, with gradients off. A checkpoint holds what comes before, and the
+        number of steps it knows of, so that a resumed run moves it all the same.
+
+        Args:
+            before: optimiser steps at the last call; 0 at first.
+            now: optimiser steps taken.
+        """
 
     @abstractmethod
     def forward(
@@ -140,6 +166,10 @@ class Network(nn.Module, ABC):
     def initial_std(self, name: str) -> float | None:
         """How a fresh weight is drawn: N(0, std^2); 0 gives zeros, None ones. For networks that come `in_parts`."""
         raise AssertionError("a network that comes in parts says how its weights are drawn")
+
+    def drawn_as(self, name: str) -> str:
+        """The name that a fresh weight is drawn under: one that is to start as a copy of another says that one's."""
+        return name
 
 
 class ScalarNetwork(nn.Module):

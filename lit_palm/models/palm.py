@@ -18,6 +18,7 @@ Shapes follow the legend of `lit_palm.types`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -29,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_palm.models.base import Cache, Head, Network, NetworkConfig
 from lit_palm.models.cache import PaLMCache
-from lit_palm.models.kernels import split_swiglu, thin_linear
+from lit_palm.models.kernels import recomputed, split_swiglu, thin_linear
 from lit_palm.models.weights import Fresh, fill, fresh_seed, give_memory, local
 from lit_palm.types import has_float64
 
@@ -172,6 +173,11 @@ def rotate(x_BTHDh: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Block(nn.Module):
     """One parallel block: x + Attention(norm(x)) + SwiGLU(norm(x)) (the paper's section 2)."""
 
+    keep: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = staticmethod(lambda function: function)
+    """Binds what is recomputed in the backward pass to the adapter that is active now (`lit_palm.models.adapted`)."""
+    spare = False
+    """Recompute the feed-forward's inner values in the backward pass: below adapters memory is what counts."""
+
     def __init__(self, config: PaLMConfig, index: int) -> None:
         super().__init__()
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
@@ -193,7 +199,7 @@ class Block(nn.Module):
         """[B, T, D] -> [B, T, D]; `rope` and `bias` come from `PaLM.forward`; the cache takes the keys and values."""
         # recomputed in here rather than around the block: a sharded block is then gathered once for both
         if self.recompute and self.training and torch.is_grad_enabled():
-            result: Tensor = checkpoint(self.compute, x_BTD, rope, bias, cache, use_reentrant=False)
+            result: Tensor = checkpoint(self.keep(self.compute), x_BTD, rope, bias, cache, use_reentrant=False)
             return result
         return self.compute(x_BTD, rope, bias, cache)
 
@@ -216,6 +222,9 @@ class Block(nn.Module):
 
     def join(self, attended: Tensor, hidden: Tensor) -> Tensor:
         """[B, T, D] from both halves."""
+        if self.spare and not self.recompute:
+            with recomputed(hidden):
+                return self.attn_out(attended) + self.ffn_out(hidden)
         return self.attn_out(attended) + self.ffn_out(hidden)
 
     def queries_and_keys(self, qk: Tensor, rope: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -265,6 +274,7 @@ class PaLM(Network):
     config: PaLMConfig
     takes_prefixes = True
     in_parts = True
+    lora_targets = ("attn_ffn_in", "attn_out", "ffn_out")
 
     def __init__(self, config: PaLMConfig) -> None:
         super().__init__()

@@ -17,6 +17,7 @@ A reward gets the whole batch, as text and as token ids, together with every oth
 | `RegexReward`       | whether, or how often, a pattern is found                                       |
 | `ExactMatch`        | whether the completion is the answer in a column of the data                    |
 | `NumericMatch`      | whether its number is                                                           |
+| `GSM8KAnswer`       | the same by the rules of GSM8K: behind "####", boxed, or the last one           |
 | `LengthPenalty`     | how far it is too short or too long, below zero                                 |
 | `RepetitionPenalty` | how much of it repeats itself, below zero                                       |
 | `Ensemble`          | the mean, the minimum or a lower bound of several                               |
@@ -30,14 +31,16 @@ from lit_palm.rollout.rewards.base import NetworkLoader, Reward, RewardBatch, ev
 from lit_palm.rollout.rewards.classifier import SequenceClassifier
 from lit_palm.rollout.rewards.ensemble import Ensemble
 from lit_palm.rollout.rewards.function import PythonReward
+from lit_palm.rollout.rewards.gsm8k import GSM8KAnswer
 from lit_palm.rollout.rewards.model import RewardModel
 from lit_palm.rollout.rewards.numeric import NumericMatch
 from lit_palm.rollout.rewards.penalties import LengthPenalty, RepetitionPenalty
 from lit_palm.rollout.rewards.regex import RegexReward
-from lit_palm.rollout.rewards.total import total_reward
+from lit_palm.rollout.rewards.total import reward_totals, total_reward
 
 __all__ = [
     "Ensemble",
+    "GSM8KAnswer",
     "ExactMatch",
     "LengthPenalty",
     "NetworkLoader",
@@ -50,5 +53,6 @@ __all__ = [
     "RewardModel",
     "SequenceClassifier",
     "every_reward",
+    "reward_totals",
     "total_reward",
 ]
