@@ -67,7 +67,8 @@ def _head(inspection: Inspection) -> list[str]:
     lines = [f"{type(data).__name__}, {stage}: {place}{reader}", ""]
     lines += [f"rows read   {inspection.rows_read:,}", f"used        {used}"]
     if inspection.elements is not None and len(inspection.elements) != inspection.num_samples:
-        lines.append(f"trained on  {len(inspection.elements):,} rows")
+        packed = getattr(data, "pack", False)
+        lines.append(f"trained on  {len(inspection.elements):,} {'packed rows' if packed else 'of them'}")
     return lines
 
 
