@@ -15,6 +15,8 @@ from lit_palm.data.tokenizers import load_tokenizer as load_tokenizer
 from lit_palm.models.base import Network as Network
 from lit_palm.models.base import NetworkConfig as NetworkConfig
 from lit_palm.models.base import ScalarNetwork as ScalarNetwork
+from lit_palm.models.huggingface_config import HuggingFaceConfig as HuggingFaceConfig
+from lit_palm.models.lora import LoRA as LoRA
 from lit_palm.models.palm import PaLM as PaLM
 from lit_palm.models.palm import PaLMConfig as PaLMConfig
 from lit_palm.modules import LitLanguageModel as LitLanguageModel
@@ -29,6 +31,7 @@ from lit_palm.objectives import Objective as Objective
 from lit_palm.objectives import RewardRanking as RewardRanking
 from lit_palm.objectives import RewardRegression as RewardRegression
 from lit_palm.rollout.collector import RolloutConfig as RolloutConfig
+from lit_palm.rollout.continuous_engine import ContinuousEngine as ContinuousEngine
 from lit_palm.rollout.engine import CachedEngine as CachedEngine
 from lit_palm.rollout.engine import Engine as Engine
 from lit_palm.rollout.engine import Generation as Generation
@@ -44,6 +47,7 @@ from lit_palm.rollout.rewards import RepetitionPenalty as RepetitionPenalty
 from lit_palm.rollout.rewards import Reward as Reward
 from lit_palm.rollout.rewards import RewardBatch as RewardBatch
 from lit_palm.rollout.rewards import RewardModel as RewardModel
+from lit_palm.rollout.rewards import SequenceClassifier as SequenceClassifier
 from lit_palm.rollout.sampling import Sampling as Sampling
 from lit_palm.types import Experience as Experience
 from lit_palm.types import Loss as Loss

@@ -44,7 +44,8 @@ class LimitedData(LightningDataModule):
         if known is not None and self.tokenizer.vocab_size > known:
             raise ValueError(
                 f"the tokenizer has {self.tokenizer.vocab_size} ids, the network's vocab_size is {known}: a token id"
-                " would be outside the vocabulary; leave the network's vocab_size out to take the tokenizer's"
+                " would be outside the vocabulary; take the tokenizer the network was trained with, or leave a new"
+                " network's vocab_size out to follow the tokenizer"
             )
 
     @property

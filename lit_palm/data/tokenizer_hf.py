@@ -58,6 +58,20 @@ class HFTokenizer(BackedTokenizer):
                 f"there is no tokenizer {self.name!r}: it is no file or folder here, and the hub did not provide it"
                 f" ({type(error).__name__}: {error})"
             ) from error
+        self._take(loaded)
+
+    @classmethod
+    def from_transformers(cls, loaded: Any, name: str) -> HFTokenizer:
+        """A tokenizer that `transformers` has loaded.
+
+        Raises:
+            ValueError: when it is not a fast tokenizer, or has no end-of-text token.
+        """
+        tokenizer = cls(name)
+        tokenizer._take(loaded)
+        return tokenizer
+
+    def _take(self, loaded: Any) -> None:
         if not getattr(loaded, "is_fast", False):
             raise ValueError(
                 f"the tokenizer {self.name!r} has no tokenizer.json ({type(loaded).__name__}); convert it to a fast"

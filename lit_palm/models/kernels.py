@@ -6,6 +6,8 @@ costs time in proportion to the memory it touches. `thin_linear` is for decoding
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["last_logits", "split_swiglu", "thin_linear"]
+__all__ = ["last_logits", "recomputed", "split_swiglu", "thin_linear"]
 
 PIECE = 2**18
 """Numbers of SwiGLU's inner width that its backward pass takes at a time on a CPU."""
@@ -52,6 +54,34 @@ def split_swiglu(fused: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
         return _SplitSwiGLU.apply(fused, sizes)
     *parts, gate, up = fused.split_with_sizes(sizes, -1)
     return *parts, F.silu(gate).mul_(up)
+
+
+@contextmanager
+def recomputed(hidden: Tensor) -> Iterator[None]:
+    """What is computed in here from a result of `split_swiglu` does not keep it for its backward pass.
+
+    It is computed again from `fused`, which that of `split_swiglu` keeps anyway: a tensor of the feed-forward's inner
+    width less for a pass over memory more.
+    """
+    made_by = hidden.grad_fn
+    if type(made_by) is not _SplitSwiGLU._backward_cls:  # type: ignore[attr-defined]
+        yield
+        return
+    node: Any = made_by
+    place, size = hidden.data_ptr(), hidden.numel()
+
+    def pack(kept: Tensor) -> Any:
+        same = kept.data_ptr() == place and kept.numel() == size and kept.is_contiguous()
+        return kept.shape if same else kept
+
+    def unpack(kept: Any) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        *_, gate, up = node.saved_tensors[0].split_with_sizes(node.sizes, -1)
+        return F.silu(gate).mul_(up).view(kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 class _SplitSwiGLU(torch.autograd.Function):

@@ -18,6 +18,7 @@ Shapes follow the legend of `lit_palm.types`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -29,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_palm.models.base import Cache, Head, Network, NetworkConfig
 from lit_palm.models.cache import PaLMCache
-from lit_palm.models.kernels import split_swiglu, thin_linear
+from lit_palm.models.kernels import recomputed, split_swiglu, thin_linear
 from lit_palm.models.weights import Fresh, fill, fresh_seed, give_memory, local
 from lit_palm.types import has_float64
 
@@ -172,6 +173,11 @@ def rotate(x_BTHDh: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Block(nn.Module):
     """One parallel block: x + Attention(norm(x)) + SwiGLU(norm(x)) (the paper's section 2)."""
 
+    keep: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = staticmethod(lambda function: function)
+    """Binds what is recomputed in the backward pass to the adapter that is active now (`lit_palm.models.adapted`)."""
+    spare = False
+    """Recompute the feed-forward's inner values in the backward pass: below adapters memory is what counts."""
+
     def __init__(self, config: PaLMConfig, index: int) -> None:
         super().__init__()
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
@@ -193,7 +199,7 @@ class Block(nn.Module):
         """[B, T, D] -> [B, T, D]; `rope` and `bias` come from `PaLM.forward`; the cache takes the keys and values."""
         # recomputed in here rather than around the block: a sharded block is then gathered once for both
         if self.recompute and self.training and torch.is_grad_enabled():
-            result: Tensor = checkpoint(self.compute, x_BTD, rope, bias, cache, use_reentrant=False)
+            result: Tensor = checkpoint(self.keep(self.compute), x_BTD, rope, bias, cache, use_reentrant=False)
             return result
         return self.compute(x_BTD, rope, bias, cache)
 
@@ -216,6 +222,9 @@ class Block(nn.Module):
 
     def join(self, attended: Tensor, hidden: Tensor) -> Tensor:
         """[B, T, D] from both halves."""
+        if self.spare and not self.recompute:
+            with recomputed(hidden):
+                return self.attn_out(attended) + self.ffn_out(hidden)
         return self.attn_out(attended) + self.ffn_out(hidden)
 
     def queries_and_keys(self, qk: Tensor, rope: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -265,6 +274,7 @@ class PaLM(Network):
     config: PaLMConfig
     takes_prefixes = True
     in_parts = True
+    lora_targets = ("attn_ffn_in", "attn_out", "ffn_out")
 
     def __init__(self, config: PaLMConfig) -> None:
         super().__init__()
@@ -334,8 +344,10 @@ class PaLM(Network):
         if isinstance(weight, DTensor):  # each process of a tensor-parallel group keeps some of the rows
             weight = weight.redistribute(placements=[Replicate() for _ in weight.placements]).to_local()
         x = F.embedding(tokens, weight)
-        if cache is not None and mask is not None:
-            cache.pad(mask, x.dtype)
+        if cache is not None:
+            cache.reserve(tokens.shape[1])
+            if mask is not None:
+                cache.pad(mask, x.dtype)
         rope = self.rope(tokens, mask, positions, cache)
         bias = self.attention_bias(x, mask, documents, prefixes, cache)
         for block in self.layers:
@@ -408,13 +420,14 @@ class PaLM(Network):
     ) -> Tensor | None:
         """What is added to the attention scores, [B, 1, T, S] of 0 and -inf; None for plain causal attention."""
         width, past = x.shape[1], cache.length if cache is not None else 0
+        kept = None if cache is None else cache.bias_of(past + width)
         if cache is not None and width == 1:
-            return None if cache.bias is None else cache.bias[:, None, None, : past + 1]
+            return None if kept is None else kept[:, None, None]
         if mask is None and documents is None and past == 0:
             return None
         seen = torch.ones(width, past + width, dtype=torch.bool, device=x.device).tril(past)[None]
-        if cache is not None and cache.bias is not None:
-            seen = seen & (cache.bias[:, None, : past + width] == 0)
+        if kept is not None:
+            seen = seen & (kept[:, None] == 0)
         elif mask is not None:
             seen = seen & mask[:, None, :]
         if documents is not None:

@@ -1,5 +1,6 @@
 """The LightningModules: the only room that knows devices, gradients, ranks and checkpoints."""
 
+from lit_palm.models.lora import LoRA
 from lit_palm.modules.checkpoint import read_checkpoint
 from lit_palm.modules.host import LitModule
 from lit_palm.modules.language_model import LitLanguageModel
@@ -14,6 +15,7 @@ __all__ = [
     "LitModule",
     "LitPolicy",
     "LitRewardModel",
+    "LoRA",
     "ReferenceUpdate",
     "Sharding",
     "load_network",

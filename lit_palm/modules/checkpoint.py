@@ -13,7 +13,9 @@ A checkpoint is a Lightning `.ckpt` file (or a directory, when a sharded strateg
         optimizer: {class_path, parameters}             names of the parameters, in the order of the optimiser's state
         files: {name: bytes}                            the other files of a folder of shards
         kind: language_model | reward | policy          which module wrote it
-        networks: {role: {class_path, init_args}}       role: policy, value or reward (the latter two with `pooling`)
+        networks: {role: {class_path, init_args}}       role: policy, value or reward (the latter two with `pooling`);
+                                                        with LoRA `lora`: rank, targets, ..., and the base's place and
+                                                        fingerprint (`lit_palm.modules.adapters`)
         tokenizer: {...}                                everything needed to rebuild the tokeniser and its template
         objective: {class_path, state}                  what the objective carries from step to step
         reference: sha256                               fingerprint of the frozen reference (policies)
@@ -21,7 +23,8 @@ A checkpoint is a Lightning `.ckpt` file (or a directory, when a sharded strateg
         seed: 0                                         what dropout is drawn from
 
 and its `state_dict` has the weights under `networks.{role}.`. The frozen reference and reward models are not in it:
-they are read from where they came from. `versions`, `config`, `world`, `data`, `optimizer` and `files` are not in
+they are read from where they came from; so are frozen weights below LoRA, whose adapters and heads are under
+`networks.shared.`. `versions`, `config`, `world`, `data`, `optimizer` and `files` are not in
 checkpoints of earlier versions, which load all the same.
 
 An exported folder (`config.json` with the same `networks` and `tokenizer` entries, and `{role}.safetensors`) loads too.
@@ -41,6 +44,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_palm.data.tokenizers import Tokenizer, tokenizer_from_dict
+from lit_palm.foreign import fetch, foreign_header, foreign_weights, is_foreign
 from lit_palm.models.base import Network, NetworkConfig, ScalarNetwork
 from lit_palm.modules.layouts import (
     READ_RETRIES,
@@ -53,7 +57,7 @@ from lit_palm.modules.layouts import (
     open_weights,
 )
 from lit_palm.modules.safetensors_file import write_safetensors
-from lit_palm.modules.storage import resolve, retrying
+from lit_palm.modules.storage import is_local, local_path, resolve, retrying
 
 __all__ = [
     "FORMAT",
@@ -96,15 +100,22 @@ def config_to_dict(config: NetworkConfig) -> dict[str, Any]:
     """A network's configuration as plain data: `{class_path, init_args}`."""
     assert dataclasses.is_dataclass(config), f"{type(config).__name__} must be a dataclass"
     cls = type(config)
-    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": dataclasses.asdict(config)}
+    own = dataclasses.asdict(config)
+    for name in own:  # a network around another one holds its configuration
+        inner = getattr(config, name)
+        own[name] = config_to_dict(inner) if isinstance(inner, NetworkConfig) else own[name]
+    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": own}
 
 
 def network_to_dict(network: nn.Module) -> dict[str, Any]:
-    """A network's entry in a checkpoint: its configuration, and how a scalar head pools."""
+    """A network's entry in a checkpoint: its configuration, how a scalar head pools, what its adapter stands on."""
+    trunk = network.trunk if isinstance(network, ScalarNetwork) else network
+    assert isinstance(trunk, Network)
+    entry = config_to_dict(trunk.config)
     if isinstance(network, ScalarNetwork):
-        return config_to_dict(network.trunk.config) | {"pooling": network.pooling}
-    assert isinstance(network, Network)
-    return config_to_dict(network.config)
+        entry["pooling"] = network.pooling
+    lora = getattr(trunk, "lora", None)
+    return entry if lora is None else entry | {"lora": lora}
 
 
 def config_from_dict(data: dict[str, Any], where: str) -> NetworkConfig:
@@ -121,13 +132,21 @@ def config_from_dict(data: dict[str, Any], where: str) -> NetworkConfig:
     if not (isinstance(cls, type) and issubclass(cls, NetworkConfig)):
         raise ValueError(f"{where}: {data['class_path']} is not a NetworkConfig; the file is not a lit_palm checkpoint")
     try:
-        return cls(**data.get("init_args", {}))
+        return cls(**{k: _inner(v, where) for k, v in data.get("init_args", {}).items()})
     except TypeError as error:
         raise ValueError(f"{where}: written by another version of {data['class_path']}: {error}") from error
 
 
+def _inner(value: Any, where: str) -> Any:
+    """An argument of a configuration, which may be the configuration of a network within it."""
+    nested = isinstance(value, dict) and value.keys() == {"class_path", "init_args"}
+    return config_from_dict(value, where) if nested else value
+
+
 def read_checkpoint(path: str | os.PathLike[str], header_only: bool = False) -> Checkpoint:
     """Read a checkpoint file, a sharded directory or an exported folder, from disk or any fsspec URL.
+
+    What other tools wrote reads as a checkpoint too: a Hugging Face folder, a GGUF file, or a name on the hub.
 
     Args:
         path: what to read.
@@ -137,6 +156,10 @@ def read_checkpoint(path: str | os.PathLike[str], header_only: bool = False) -> 
         ValueError: it does not exist, is not safe to load, is not a lit_palm checkpoint, or has another format.
     """
     path = resolve(path)
+    path = fetch(path) or path
+    if is_local(path) and is_foreign(local_path(path)):
+        weights = {} if header_only else dict(foreign_weights(local_path(path)))
+        return Checkpoint(local_path(path), foreign_header(local_path(path)), weights)
     filesystem, inner = fsspec.core.url_to_fs(path)
     if not retrying(lambda: filesystem.exists(inner), path, READ_RETRIES):
         raise ValueError(f"checkpoint {path!r} does not exist{near(path)}. Run the stage that writes it first.")
@@ -188,7 +211,8 @@ def read_config(path: str | os.PathLike[str]) -> NetworkConfig:
 def export_folder(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
     """Write the networks and tokeniser of a checkpoint as `config.json` and one safetensors file a network.
 
-    Of a checkpoint on disk one tensor at a time is in memory. `config.json` is written last.
+    Of a checkpoint on disk one tensor at a time is in memory. Adapters are merged into what they stand on.
+    `config.json` is written last.
 
     Raises:
         ValueError: as `read_checkpoint`.
@@ -196,11 +220,21 @@ def export_folder(path: str | os.PathLike[str], folder: str | os.PathLike[str]) 
     checkpoint = read_checkpoint(path, header_only=True)
     os.makedirs(folder, exist_ok=True)
     with open_weights(checkpoint.path) as weights:
-        for role in checkpoint.header["networks"]:
+        for role, entry in checkpoint.header["networks"].items():
+            if "lora" in entry:
+                from lit_palm.modules.whole import WholeWeights
+
+                merged = WholeWeights(path, role)
+                write_safetensors(os.path.join(folder, f"{role}.safetensors"), {name: name for name in merged}, merged)
+                continue
             prefix = f"networks.{role}."
             own = {name.removeprefix(prefix): name for name in weights if name.startswith(prefix)}
             write_safetensors(os.path.join(folder, f"{role}.safetensors"), own, weights)
     header = {k: checkpoint.header[k] for k in ("format", "version", "kind", "networks", "tokenizer")}
+    header["networks"] = {
+        role: {key: value for key, value in entry.items() if key != "lora"}
+        for role, entry in header["networks"].items()
+    }
     new = os.path.join(folder, ".config.json.tmp")
     with open(new, "w", encoding="utf-8") as file:
         json.dump(header, file, indent=2)

@@ -13,7 +13,17 @@ from lit_palm.modules.origin import class_path, differences
 from lit_palm.objectives.base import Kind, Need, Objective
 from lit_palm.parallel.sharded import bare
 
-__all__ = ["check_objective", "check_optimizer", "check_resumable", "check_same_run", "config_of"]
+__all__ = [
+    "check_extras",
+    "check_objective",
+    "check_optimizer",
+    "check_reference",
+    "check_resumable",
+    "check_rewards",
+    "check_same_run",
+    "config_of",
+    "language_model_of",
+]
 
 MODULES: dict[str, str] = {"language_model": "LitLanguageModel", "reward": "LitRewardModel", "policy": "LitPolicy"}
 """Which module runs objectives of a kind."""
@@ -48,12 +58,76 @@ def check_objective(objective: Objective, module: str, kind: Kind) -> None:
         )
 
 
-def config_of(network: nn.Module) -> NetworkConfig:
-    """Configuration of a network, or of the trunk below its scalar head."""
+def check_reference(objective: Objective, precomputed: bool, follows: bool, lora: bool) -> None:
+    """Refuse a way to hold the reference that does not go with the rest.
+
+    Args:
+        objective: what to optimise.
+        precomputed: its log-probabilities are computed in advance.
+        follows: it follows the policy.
+        lora: it shares its weights with the policy.
+
+    Raises:
+        ValueError: naming the setting, and the way out.
+    """
+    name = type(objective).__name__
+    if precomputed and follows:
+        raise ValueError("model.precompute_reference and model.reference_update exclude each other: choose one")
+    if precomputed and "reference" not in objective.needs:
+        raise ValueError(f"model.precompute_reference: {name} needs no reference: leave it out")
+    if precomputed and "rollouts" in objective.needs:
+        raise ValueError(
+            f"model.precompute_reference: {name} samples its completions, so there is nothing to compute in advance: "
+            "leave it out"
+        )
+    if follows and lora:
+        raise ValueError(
+            "model.reference_update mixes the policy's weights into the reference's, and with model.lora both are the "
+            "same frozen weights: leave one of the two out"
+        )
+
+
+def check_rewards(objective: Objective, names: list[str]) -> None:
+    """Refuse rewards that cannot be told apart, or none where there must be one.
+
+    Raises:
+        ValueError: naming the way out.
+    """
+    if len(set(names)) != len(names):
+        raise ValueError(f"rewards are logged by name, and two of {names} share one: set `name` on one of them")
+    if "reward" in objective.needs and not names:
+        raise ValueError(
+            f"{type(objective).__name__} needs a reward: add one under model.rewards, for example "
+            "{class_path: RewardModel, init_args: {checkpoint: ...}} or a PythonReward"
+        )
+
+
+def check_extras(objective: Objective, network: nn.Module) -> None:
+    """Refuse a network that lacks what an objective reads beside log-probabilities.
+
+    Raises:
+        ValueError: naming both, and what is missing.
+    """
+    own = language_model_of(network)
+    missing = sorted(objective.extras - own.extras)
+    if missing:
+        raise ValueError(
+            f"{type(objective).__name__} reads {', '.join(missing)}, which {type(own.config).__name__} does not give: "
+            "name the network that this objective was written for as model.network"
+        )
+
+
+def language_model_of(network: nn.Module) -> Network:
+    """A network itself, or the trunk below its scalar head."""
     network = bare(network)
     trunk = network.trunk if isinstance(network, ScalarNetwork) else network
     assert isinstance(trunk, Network)
-    return trunk.config
+    return trunk
+
+
+def config_of(network: nn.Module) -> NetworkConfig:
+    """Configuration of a network, or of the trunk below its scalar head."""
+    return language_model_of(network).config
 
 
 def check_resumable(header: dict[str, Any] | None, own: dict[str, Any], networks: nn.ModuleDict) -> dict[str, Any]:
@@ -162,3 +236,25 @@ def _check_network(role: str, there: dict[str, Any] | None, here: dict[str, Any]
     for key, (theirs, ours) in fields.items():
         if theirs != ours:
             raise ValueError(f"the checkpoint to resume has {key} {theirs!r} in its {role}, the configuration {ours!r}")
+    _check_lora(role, there.get("lora"), here.get("lora"))
+
+
+def _check_lora(role: str, there: dict[str, Any] | None, here: dict[str, Any] | None) -> None:
+    if (there is None) != (here is None):
+        trained = "all weights" if there is None else "a LoRA adapter"
+        raise ValueError(
+            f"the checkpoint to resume trained {trained} as {role}: resume it {'without' if there is None else 'with'} "
+            "model.lora, or start a new run from it with --model.network"
+        )
+    if there is None or here is None:
+        return
+    if there["base"]["fingerprint"] != here["base"]["fingerprint"]:
+        raise ValueError(
+            f"the checkpoint to resume has its {role} on other frozen weights than this run (those of "
+            f"{there['base']['path']}): name the same model.network, and do not change that file"
+        )
+    for key in ("rank", "alpha", "targets", "rslora", "dora", "quantize"):
+        if there[key] != here[key]:
+            raise ValueError(
+                f"the checkpoint to resume has lora.{key} {there[key]!r} in its {role}, the configuration {here[key]!r}"
+            )

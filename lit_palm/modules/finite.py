@@ -14,12 +14,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_palm.models.weights import local
 
 if TYPE_CHECKING:
     from lit_palm.modules.host import LitModule
+    from lit_palm.modules.spread import Networks
 
 __all__ = ["FiniteSteps"]
 
@@ -86,7 +87,7 @@ class FiniteSteps:
     def _flags(self, module: LitModule, order: float) -> dict[str, bool]:
         """Whether the loss, and the gradient of each network, is not finite on any rank, by a norm of some order."""
         roles = list(module.networks)
-        grads = (_flag(module.networks[role], module.device, order) for role in roles)
+        grads = (_flag(module.networks, role, module.device, order) for role in roles)
         found = module.layout.everywhere(torch.stack([self._loss_flag(module.device), *grads])).tolist()
         return dict(zip(["loss", *roles], (number > 0 for number in found), strict=True))
 
@@ -102,9 +103,9 @@ class FiniteSteps:
         self.skipped, self.in_a_row = int(state.get("skipped", 0)), int(state.get("in_a_row", 0))
 
 
-def _flag(network: nn.Module, device: torch.device, order: float) -> Tensor:
+def _flag(networks: Networks, role: str, device: torch.device, order: float) -> Tensor:
     """1 where the norm of this rank's part of any gradient of a network is no finite number, else 0."""
-    grads = [p.grad for p in network.parameters() if p.grad is not None]
+    grads = [p.grad for _, p in networks.parameters_of(role) if p.grad is not None]
     parts = [local(grad) for grad in grads]
     parts = [part for part in parts if part.numel()]  # a rank may hold nothing of a parameter that is shared out
     if not parts:

@@ -11,14 +11,19 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from lit_palm.models.adapted import is_view
 from lit_palm.models.base import Network, NetworkConfig
+from lit_palm.models.lora import LoRA
 from lit_palm.modules.checkpoint import Role
+from lit_palm.modules.compatibility import check_reference, check_rewards
 from lit_palm.modules.evaluation import evaluate_prompts, means_of_rows
 from lit_palm.modules.host import LitModule, default_optimizer
 from lit_palm.modules.language_model import language_model_output
+from lit_palm.modules.lora_stages import policy_roles
 from lit_palm.modules.reference import PrecomputedReference, ReferenceUpdate
 from lit_palm.modules.rollouts import Rollouts
 from lit_palm.modules.sharding import Sharding
+from lit_palm.modules.spread import Networks
 from lit_palm.modules.weights import Blueprint, blueprint, fingerprint, over
 from lit_palm.objectives.base import Kind, Objective
 from lit_palm.objectives.ppo import PPO
@@ -27,6 +32,7 @@ from lit_palm.rollout.collector import RolloutConfig
 from lit_palm.rollout.engine import CachedEngine, Engine
 from lit_palm.rollout.loader import RolloutLoader
 from lit_palm.rollout.rewards import Reward, RewardModel, every_reward
+from lit_palm.rollout.rewards.base import NetworkLoader
 from lit_palm.rollout.sampling import Sampling
 from lit_palm.types import Experience, Output
 
@@ -60,6 +66,9 @@ class LitPolicy(LitModule):
         clip_per_network: clip each network's gradient by its own norm rather than all together.
         overrides: fields to change in the configuration of the checkpoint's network, such as `dropout`.
         sharding: how networks are spread where the Trainer's strategy spreads them, and what is kept off the device.
+        lora: train adapters of policy and value on one frozen network, which is the reference too; None: all weights.
+        unfrozen_layers: train so many of the policy's topmost blocks and what is above them (of a value network that
+            starts as the policy too); None: everything.
     """
 
     kind: ClassVar[Kind] = "policy"
@@ -83,32 +92,18 @@ class LitPolicy(LitModule):
         precompute_reference: bool = False,
         reference_update: ReferenceUpdate | None = None,
         sharding: Sharding | None = None,
+        lora: LoRA | None = None,
+        unfrozen_layers: int | None = None,
     ) -> None:
-        super().__init__(network, objective or PPO(), optimizer, scheduler, clip_per_network, overrides, sharding)
+        objective = objective or PPO()
+        options = clip_per_network, overrides, sharding, lora, unfrozen_layers
+        super().__init__(network, objective, optimizer, scheduler, *options)
         self.rewards: list[Reward] = list(rewards or [])
-        names = [r.name for r in self.rewards]
-        if len(set(names)) != len(names):
-            raise ValueError(f"rewards are logged by name, and two of {names} share one: set `name` on one of them")
-        if "reward" in self.objective.needs and not self.rewards:
-            raise ValueError(
-                f"{type(self.objective).__name__} needs a reward: add one under model.rewards, for example "
-                "{class_path: RewardModel, init_args: {checkpoint: ...}} or a PythonReward"
-            )
-        if precompute_reference and reference_update is not None:
-            raise ValueError("model.precompute_reference and model.reference_update exclude each other: choose one")
-        if precompute_reference and "reference" not in self.objective.needs:
-            raise ValueError(
-                f"model.precompute_reference: {type(self.objective).__name__} needs no reference: leave it out"
-            )
-        if precompute_reference and "rollouts" in self.objective.needs:
-            raise ValueError(
-                f"model.precompute_reference: {type(self.objective).__name__} samples its completions, so there is "
-                "nothing to compute in advance: leave it out"
-            )
+        check_rewards(self.objective, [reward.name for reward in self.rewards])
+        check_reference(self.objective, precompute_reference, reference_update is not None, lora is not None)
         self.reference, self.value, self.value_lr = reference, value, value_lr
         self.reference_update = reference_update
         self.precomputed = PrecomputedReference() if precompute_reference else None
-        self._reference_step = 0
         self.rollout = rollout or RolloutConfig()
         self.sampling = sampling or Sampling()
         if "rollouts" in self.objective.needs and self.sampling.temperature <= 0:
@@ -130,17 +125,19 @@ class LitPolicy(LitModule):
         """What the progress bar calls this stage."""
         return type(self.objective).__name__
 
-    def build_networks(self) -> dict[str, nn.Module]:
+    def build_networks(self) -> dict[str, nn.Module] | Networks:
         start = self.blueprint()
+        self.starts_as_reference = self.reference is None
+        # validation and prediction report the divergence, so there is a reference whatever the objective needs
+        if self.lora is not None:
+            return policy_roles(self, start)
         networks: dict[str, nn.Module] = {"policy": self.make("policy", start)}
         if "value" in self.objective.needs:
-            networks["value"] = self.make("value", self._value_blueprint(start))
-        # validation and prediction report the divergence, so there is a reference whatever the objective needs
+            networks["value"] = self.make("value", self.value_blueprint(start))
         there = blueprint(self.reference, overrides=self.overrides) if self.reference else start
         reference = self.layout.make(there, frozen=True)
         self._check_vocabulary(reference, "the reference")
         self._reference_id = fingerprint(reference, there)
-        self.starts_as_reference = self.reference is None
         if self.reference_update is None:
             self.frozen = {"reference": reference}
         else:  # one that moves is a part of the run's state
@@ -150,18 +147,23 @@ class LitPolicy(LitModule):
                     "another shape: leave model.reference out, or name a checkpoint of the same network"
                 )
             networks["reference"] = reference
+        self.build_rewards(self.load_frozen)
+        return networks
+
+    def build_rewards(self, load: NetworkLoader) -> None:
+        """The networks of rewards, among the frozen ones."""
         for reward in self.rewards:
-            network = reward.build(self._load_frozen)
+            network = reward.build(load)
             if network is not None:
                 self._check_vocabulary(network, reward.name)
                 self.frozen[f"reward/{reward.name}"] = network.requires_grad_(False).eval()
-        return networks
 
-    def _load_frozen(self, checkpoint: str, role: str) -> nn.Module:
+    def load_frozen(self, checkpoint: str, role: str) -> nn.Module:
         """What a reward builds its network with."""
         return self.layout.make(blueprint(checkpoint, cast(Role, role)), frozen=True)
 
-    def _value_blueprint(self, policy: Blueprint) -> Blueprint:
+    def value_blueprint(self, policy: Blueprint) -> Blueprint:
+        """What the value network starts as."""
         models = [r for r in every_reward(self.rewards) if isinstance(r, RewardModel)]
         source = self.value or (models[0].checkpoint if models else None)
         if source is None:
@@ -192,13 +194,13 @@ class LitPolicy(LitModule):
             stages = ("train", "validation") if stage == "fit" else (stage,)
             used = [part for part in stages if part not in sources or sources[part][0] is not None]
             known = [self.precomputed.fill(self, part) for part in used]
-            if all(known) and not is_sharded(self.frozen["reference"]):
+            if all(known) and not is_sharded(self.frozen["reference"]) and not is_view(self.frozen["reference"]):
                 self.frozen["reference"].cpu()
 
     def _move_frozen(self, to_device: bool) -> None:
         """Whole frozen networks to the device, or back to the host; sharded ones see to it themselves."""
         for network in self.frozen.values():
-            if not list(roots(network)):
+            if not list(roots(network)) and not is_view(network):
                 network.to(self.device) if to_device else network.cpu()
 
     @contextmanager
@@ -212,7 +214,8 @@ class LitPolicy(LitModule):
             self._move_frozen(False)
 
     def run_beside(self) -> list[nn.Module]:
-        return [*super().run_beside(), *(root for network in self.frozen.values() for root in roots(network))]
+        frozen = [root for network in self.frozen.values() if not is_view(network) for root in roots(network)]
+        return [*super().run_beside(), *frozen]
 
     def on_fit_start(self) -> None:
         self._place_frozen("fit")
@@ -228,14 +231,11 @@ class LitPolicy(LitModule):
         self._place_frozen()
 
     def follow(self) -> None:
-        """Let the reference follow the policy where an update is due, before the next batch or collection.
-
-        Not right after the step: a checkpoint that is saved there holds what comes before the update.
-        """
-        step, update = self.trainer.global_step, self.reference_update
-        if update is not None and update.due(self._reference_step, step):
+        """Let the reference follow the policy too, where an update is due, before the next batch or collection."""
+        update = self.reference_update
+        if update is not None and update.due(self.followed, self.trainer.global_step):
             update.apply(self.networks["reference"], self.networks["policy"])
-        self._reference_step = step
+        super().follow()
 
     # ------------------------------------------------------------------ rollouts
 
@@ -297,7 +297,6 @@ class LitPolicy(LitModule):
 
     def on_train_batch_start(self, batch: Experience, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        self.follow()
         # the loader cannot log: what a collection found out is logged with its first minibatch
         if self.rollouts is not None:
             self.rollouts.fit_epoch()
@@ -317,6 +316,7 @@ class LitPolicy(LitModule):
                 temperature=self.sampling.temperature if "rollouts" in needs else 1.0,
                 entropy="entropy" in needs,
                 log_z="log_z" in needs,
+                extras=self.objective.extras,
             )
         )
         if "value" in needs:
@@ -381,11 +381,6 @@ class LitPolicy(LitModule):
     def header(self) -> dict[str, Any]:
         return super().header() | {"reference": self._reference_id, "engine_agrees": self.engine_agrees}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        if self.reference_update is not None:
-            checkpoint["reference_step"] = self._reference_step
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.starts_as_reference = False
@@ -395,4 +390,4 @@ class LitPolicy(LitModule):
                 "the frozen reference is not the one this run started with: name the same checkpoint as model.network "
                 "(or model.reference), and do not change that file while a run depends on it"
             )
-        self._reference_step = int(checkpoint.get("reference_step", 0))
+        self.followed = int(checkpoint.get("reference_step", self.followed))  # of earlier versions

@@ -10,9 +10,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lit_palm.models.base import NetworkConfig, ScalarNetwork
+from lit_palm.models.lora import LoRA
 from lit_palm.modules.checkpoint import read_checkpoint
 from lit_palm.modules.host import LitModule, default_optimizer
+from lit_palm.modules.lora_stages import one_role
 from lit_palm.modules.sharding import Sharding
+from lit_palm.modules.spread import Networks
 from lit_palm.modules.weights import blueprint, over
 from lit_palm.objectives.base import Kind, Objective
 from lit_palm.objectives.functional import RunningMoments, rows_that_count
@@ -50,6 +53,9 @@ class LitRewardModel(LitModule):
         pooling: read the score off the `last` token, or the running `mean` over all tokens, which small networks learn
             from less data. A reward model's checkpoint keeps its own.
         sharding: how networks are spread where the Trainer's strategy spreads them.
+        lora: train an adapter beside frozen weights, which checkpoints then name instead of holding; None: train all
+            weights.
+        unfrozen_layers: train so many of the topmost blocks and what is above them; None: everything.
     """
 
     kind: ClassVar[Kind] = "reward"
@@ -66,9 +72,12 @@ class LitRewardModel(LitModule):
         calibrate: Literal["none", "mean", "whiten"] = "mean",
         pooling: Literal["last", "mean"] = "last",
         sharding: Sharding | None = None,
+        lora: LoRA | None = None,
+        unfrozen_layers: int | None = None,
     ) -> None:
         objective = objective or RewardRanking()
-        super().__init__(network, objective, optimizer, scheduler, clip_per_network, overrides, sharding)
+        options = clip_per_network, overrides, sharding, lora, unfrozen_layers
+        super().__init__(network, objective, optimizer, scheduler, *options)
         self.calibrate = calibrate
         self.pooling = pooling
         self._moments = RunningMoments()
@@ -78,10 +87,13 @@ class LitRewardModel(LitModule):
         """What the progress bar calls this stage."""
         return "reward model"
 
-    def build_networks(self) -> dict[str, nn.Module]:
-        if isinstance(self.network, str) and "reward" in read_checkpoint(self.network).header["networks"]:
-            return {"reward": self.make("reward", blueprint(self.network, "reward", self.overrides))}
-        return {"reward": self.make("reward", over(self.blueprint(), self.pooling))}
+    def build_networks(self) -> dict[str, nn.Module] | Networks:
+        if isinstance(self.network, str) and "reward" in read_checkpoint(self.network, True).header["networks"]:
+            found = blueprint(self.network, "reward", self.overrides)
+            found.unfrozen = self.unfrozen_layers
+        else:
+            found = over(self.blueprint(), self.pooling)
+        return one_role(self, "reward", found) if self.lora is not None else {"reward": self.make("reward", found)}
 
     def _output(self, batch: Experience, calibrated: bool = False) -> Output:
         return Output(scores=last_scores(self.networks["reward"], batch["tokens"], batch["mask"], calibrated))

@@ -31,7 +31,9 @@ from lightning.pytorch.strategies import (
     Strategy,
 )
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
+from lit_palm.models.adapted import AdaptedNetwork
 from lit_palm.models.weights import fill
 from lit_palm.modules.weights import Blueprint
 from lit_palm.parallel import sharded, tensor
@@ -285,6 +287,8 @@ class Layout:
 
     def _gathers(self, network: nn.Module) -> bool:
         """Whether whole weights fit, the same on every process."""
+        if isinstance(network, FSDP) and isinstance(network.module, AdaptedNetwork):
+            return False  # a copy would need all roles
         if self.sharding.gather != "auto":
             return self.sharding.gather == "whole"
         size = sum(p.numel() * p.element_size() for p in network.parameters())

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule
 from torch import nn
 
+from lit_palm.models.adapted import AdaptedNetwork, split_name
 from lit_palm.modules.sharding import Layout, Sharding, check_strategy
 from lit_palm.modules.weights import Blueprint
 from lit_palm.parallel.sharded import clean_name, roots
+
+if TYPE_CHECKING:
+    from lit_palm.modules.shared import SharedBlueprint
 
 __all__ = ["Networks", "SpreadModule"]
 
@@ -28,6 +32,14 @@ class Networks(nn.ModuleDict):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Networks:
         return self if self.stays else super()._apply(fn, recurse)
+
+    def parameters_of(self, role: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters of a role with their names."""
+        return self[role].named_parameters()
+
+    def sampled(self) -> nn.Module | None:
+        """What is run when the policy is sampled from, as a strategy knows it."""
+        return dict(self.items()).get("policy")
 
 
 class SpreadModule(LightningModule):
@@ -71,19 +83,33 @@ class SpreadModule(LightningModule):
         self._sizes[role] = sum(p.numel() for p in found.empty.parameters())
         return self._layout.make(found)
 
+    def make_shared(self, found: SharedBlueprint) -> nn.Module:
+        """The network that several roles share, or this process's part of it."""
+        empty = found.empty
+        assert isinstance(empty, AdaptedNetwork)
+        frozen = sum(p.numel() for p in found.trunk.empty.parameters())
+        for role in empty.trained:
+            own = {n: p for n, p in empty.named_parameters() if (split_name(n) or ("",))[0] == role}
+            self._dims[role] = {name: p.dim() for name, p in own.items()}
+            # of a frozen matrix there is no gradient: 4 operations a weight instead of 6
+            self._sizes[role] = sum(p.numel() for p in own.values()) + frozen * 2 // 3
+        return self.layout.make(found)
+
     @property
     def flops_per_token(self) -> float | None:
-        """6 x trained parameters, whatever part of them this process holds; None before they are made."""
+        """6 x trained parameters (and 4 x frozen ones below adapters), whatever part of them this process holds; None
+        before they are made."""
         return 6.0 * sum(self._sizes.values()) or None
 
-    def build_networks(self) -> dict[str, nn.Module]:
+    def build_networks(self) -> dict[str, nn.Module] | Networks:
         """The trained networks by role."""
         raise AssertionError("a module builds its networks")
 
     def configure_model(self) -> None:
         """Build the networks (once), each as the strategy spreads it, a root of its own."""
         if not self.networks:
-            self.networks = Networks(self.build_networks())
+            built = self.build_networks()
+            self.networks = built if isinstance(built, Networks) else Networks(built)
             self.networks.stays = self.sharding.offload
 
     def network_of(self, role: str) -> nn.Module:
@@ -93,7 +119,7 @@ class SpreadModule(LightningModule):
     @contextmanager
     def uneven_passes(self) -> Iterator[None]:
         """Passes without gradients whose number may differ from process to process, as when completions are sampled."""
-        sampled = dict(self.networks.items()).get("policy")
+        sampled = self.networks.sampled()
         with self.layout.passes(sampled, [n for n in self.run_beside() if n is not sampled]) as stand_in:
             if stand_in is not None and stand_in is not sampled:
                 self._stand_ins["policy"] = stand_in
@@ -110,8 +136,8 @@ class SpreadModule(LightningModule):
 
     def parameter_groups(self) -> Iterator[dict[str, Any]]:
         """Parameter groups: one a network for matrices, one for vectors, which are not decayed."""
-        for role, network in self.networks.items():
-            params = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+        for role in self.networks:
+            params = [(name, p) for name, p in self.networks.parameters_of(role) if p.requires_grad]
             extra, dims = self.group_options(role), self._dims.get(role, {})
             # FSDP1 leaves flat parts, which do not tell what they are parts of
             flat = [dims.get(clean_name(name), p.dim()) <= 1 for name, p in params]

@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,10 @@ from lit_palm.modules.layouts import open_weights
 from lit_palm.parallel.sharded import clean_name
 from lit_palm.parallel.tensor import Joined
 
-__all__ = ["Blueprint", "blueprint", "fingerprint", "load_network", "over"]
+if TYPE_CHECKING:
+    from lit_palm.modules.adapters import Adapted
+
+__all__ = ["Below", "Blueprint", "Stored", "blueprint", "check_fit", "fingerprint", "load_network", "over"]
 
 
 class Stored(Source):
@@ -57,19 +60,51 @@ class Stored(Source):
         return weight[start:stop] if weight.dim() else weight
 
 
-class _Trunk(Source):
-    """A scalar network whose trunk is a language model's, with a fresh head."""
+class Below(Source):
+    """The weights of a source below a prefix, such as those of the trunk of a scalar network.
 
-    def __init__(self, trunk: Source, head: Source) -> None:
-        self.trunk, self.head = trunk, head
+    Args:
+        source: has them.
+        prefix: of their names there.
+    """
 
-    def _of(self, name: str) -> tuple[Source, str]:
-        below = name.startswith("trunk.")
-        return (self.trunk, name.removeprefix("trunk.")) if below else (self.head, name)
+    def __init__(self, source: Source, prefix: str) -> None:
+        self.source, self.prefix = source, prefix
 
     def names(self) -> Iterable[str]:
-        head = (name for name in self.head.names() if not name.startswith("trunk."))
-        return [*(f"trunk.{name}" for name in self.trunk.names()), *head]
+        return [n.removeprefix(self.prefix) for n in self.source.names() if n.startswith(self.prefix)]
+
+    def shape(self, name: str) -> Sequence[int]:
+        return self.source.shape(self.prefix + name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.source.rows(self.prefix + name, start, stop)
+
+
+class _Parts(Source):
+    """A network some parts of which come from elsewhere: a scalar network whose trunk is a language model's.
+
+    Args:
+        parts: their sources, by what the names of their weights begin with.
+        rest: has all weights, of which those of the parts are not asked for.
+        dropped: names of weights of parts that this network does without.
+    """
+
+    def __init__(self, parts: dict[str, Source], rest: Source, dropped: Collection[str] = ()) -> None:
+        self.parts, self.rest, self.dropped = parts, rest, dropped
+
+    def _of(self, name: str) -> tuple[Source, str]:
+        start = self.start_of(name)
+        return (self.rest, name) if start is None else (self.parts[start], name.removeprefix(start))
+
+    def start_of(self, name: str) -> str | None:
+        """What the names of the part begin with that a weight belongs to; None: to none."""
+        return next((start for start in self.parts if name.startswith(start)), None)
+
+    def names(self) -> Iterable[str]:
+        theirs = (f"{start}{name}" for start, source in self.parts.items() for name in source.names())
+        theirs = (name for name in theirs if name not in self.dropped)
+        return [*theirs, *(name for name in self.rest.names() if self.start_of(name) is None)]
 
     def shape(self, name: str) -> Sequence[int]:
         source, inner = self._of(name)
@@ -91,6 +126,10 @@ class Blueprint:
         stored: the weights of a checkpoint; None: fresh ones.
         trunk_only: `stored` are those of a language model, below a fresh scalar head.
         where: what it comes from, for messages.
+        headless: a language model without the weights that only logits need, as below a scalar head.
+        role: what the network is in the checkpoint that `where` names.
+        adapted: the frozen network and the adapter that `stored` puts together, of a checkpoint of LoRA.
+        unfrozen: blocks that are trained, of the topmost; None: all.
     """
 
     config: NetworkConfig
@@ -99,12 +138,20 @@ class Blueprint:
     stored: Source | None = None
     trunk_only: bool = False
     where: str = "the new network"
+    headless: bool = False
+    role: str | None = None
+    adapted: Adapted | None = None
+    unfrozen: int | None = None
 
     def structure(self) -> nn.Module:
         """The network on the current device, with weights that mean nothing."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)  # one that cannot be made in parts draws its weights here
             network = self.config.build()
+            if self.headless:
+                network.drop_output()
+            if self.unfrozen is not None:
+                freeze_below(network, self.unfrozen)
             return network if self.pooling is None else ScalarNetwork(network, self.pooling)
 
     @cached_property
@@ -117,7 +164,8 @@ class Blueprint:
     def in_parts(self) -> bool:
         """Whether a process can make its part alone."""
         trunk = self.empty.trunk if isinstance(self.empty, ScalarNetwork) else self.empty
-        return isinstance(trunk, Network) and trunk.in_parts
+        loaded = self.stored is not None or (self.pooling is None and bool(self.config.starts))
+        return isinstance(trunk, Network) and (trunk.in_parts or (loaded and trunk.loads_in_parts))
 
     @cached_property
     def source(self) -> Source:
@@ -126,15 +174,31 @@ class Blueprint:
         Raises:
             ValueError: those of the checkpoint do not fit the network.
         """
-        if self.pooling is None or (self.stored is not None and not self.trunk_only):
+        if self.stored is None and self.pooling is None and self.config.starts:
+            source: Source = _Parts(self._started(), Fresh(self.empty, self.seed))
+        elif self.pooling is None or (self.stored is not None and not self.trunk_only):
             source = self.stored or Fresh(self.empty, self.seed)
         else:
             assert isinstance(self.empty, ScalarNetwork)
             # named as the language model's own: a value network starts with the policy's weights
             trunk = self.stored or Fresh(self.empty.trunk, self.seed)
-            source = _Trunk(trunk, Fresh(self.empty, self.seed))
-        _check_fit(self.empty, source, self.where)
+            dropped = [f"trunk.{name}" for name in self.empty.dropped]
+            source = _Parts({"trunk.": trunk}, Fresh(self.empty, self.seed), dropped)
+        check_fit(self.empty, source, self.where)
         return source
+
+    def _started(self) -> dict[str, Source]:
+        """The parts of a new network that start as those of checkpoints.
+
+        Raises:
+            ValueError: a checkpoint holds no language model.
+        """
+        found: dict[str, Source] = {}
+        for start, path in self.config.starts.items():
+            inner = blueprint(path)
+            assert inner.stored is not None
+            found[start] = inner.stored
+        return found
 
     def whole(self) -> nn.Module:
         """Make the network as one, on the current device."""
@@ -142,6 +206,9 @@ class Blueprint:
             network = self.structure()
             if self.stored is not None:
                 fill(network, self.source)
+            elif isinstance(self.source, _Parts) and self.pooling is None:  # what is fresh has been drawn
+                parts = self.source
+                fill(network, parts, only=[name for name in parts.names() if parts.start_of(name) is not None])
             return network
         source = self.source  # refuses what does not fit before any memory is taken
         device = torch.get_default_device()
@@ -179,8 +246,32 @@ def blueprint(
         )
     config = dataclasses.replace(config, **(overrides or {}))  # type: ignore[type-var]
     pooling = None if role == "policy" else networks[there].get("pooling", "last")
-    stored = Stored(checkpoint.path, there)
-    return Blueprint(config, seed, pooling, stored, trunk_only=pooling is not None and there == "policy", where=path)
+    found = Blueprint(config, seed, pooling, where=path, role=there)
+    found.trunk_only = pooling is not None and there == "policy"
+    if "lora" in networks[there]:
+        from lit_palm.modules.adapters import Merged, read_adapted
+
+        found.adapted = read_adapted(checkpoint, there, config)
+        found.stored = Merged(found.adapted, scalar=pooling is not None and there != "policy")
+    else:
+        found.stored = Stored(checkpoint.path, there)
+    return found
+
+
+def freeze_below(network: Network, count: int) -> None:
+    """Train nothing below the topmost `count` blocks: neither the other blocks nor embeddings, to which a tied output
+    weight belongs. What stands above the blocks is trained in any case.
+
+    Raises:
+        ValueError: there are fewer blocks.
+    """
+    blocks = network.blocks()
+    if not 0 <= count <= len(blocks):
+        raise ValueError(
+            f"model.unfrozen_layers is {count}: choose from 0 to the network's {len(blocks)} blocks, or null"
+        )
+    for module in [*blocks[: len(blocks) - count], *(m for m in network.modules() if isinstance(m, nn.Embedding))]:
+        module.requires_grad_(False)
 
 
 def over(trunk: Blueprint, pooling: Literal["last", "mean"] = "last") -> Blueprint:
@@ -210,7 +301,7 @@ def load_network(
     return network
 
 
-def _check_fit(network: nn.Module, source: Source, where: str) -> None:
+def check_fit(network: nn.Module, source: Source, where: str) -> None:
     """Refuse weights that do not fit.
 
     Raises:

@@ -1,0 +1,80 @@
+"""Hugging Face networks under FSDP2 on two processes: the losses of one process, exact resume, the same export."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.families import write_family
+from tests.foreign.aligning import arguments, check_export, keep, second, train, weights, write_data
+from tests.support import apart
+
+ROOT = Path(__file__).parents[2]
+STRATEGY = ["--trainer.strategy=ModelParallelStrategy", "--trainer.devices=2"]
+STRATEGY += ["--trainer.strategy.data_parallel_size=2", "--trainer.strategy.tensor_parallel_size=1"]
+STAGES = ["sft", "reward", "ppo"] + (["dpo", "grpo"] if find_spec("lit_palm_dpo") else [])
+SHORT = {"llama": ["sft", "ppo"], "gpt2": ["reward"], "cohere": ["ppo"]}
+# Adam moves a weight whose gradient is no more than rounding by up to lr (1e-3) a step, in whichever direction
+WEIGHTS = 3e-3
+
+
+def run(commands: list[list[str]], folder: Path) -> None:
+    """Run command lines on two processes that are started once."""
+    written = folder / "commands.json"
+    written.write_text(json.dumps(commands))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = subprocess.Popen(
+        [*launcher, "-m", "tests.foreign.two_ranks", str(written)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "LIT_PALM_CACHE": str(folder / "cache")},
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        _, err = process.communicate(timeout=500)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, err[-4000:]
+
+
+@pytest.mark.parametrize("family", SHORT)
+def test_stages_under_fsdp2(family: str, tmp_path: Path) -> None:
+    check(family, SHORT[family], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", SHORT)
+def test_all_stages_under_fsdp2(family: str, tmp_path: Path) -> None:
+    check(family, STAGES, tmp_path)
+
+
+def check(family: str, stages: list[str], tmp_path: Path) -> None:
+    data, network = write_data(tmp_path / "data"), write_family(tmp_path / family, family)
+    commands = []
+    for stage in stages:
+        base = ["fit", *arguments(stage, network, data, batch=2), *STRATEGY]
+        whole, resumed = tmp_path / stage / "whole", tmp_path / stage / "resumed"
+        commands += [[*base, *keep(whole)], [*base, *keep(resumed), f"--ckpt_path={second(whole)}"]]
+    run(commands, tmp_path)
+    for stage in stages:
+        whole, resumed = (tmp_path / stage / name / "last.ckpt" for name in ("whole", "resumed"))
+        ours, theirs = weights(whole), weights(resumed)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours), stage
+        one = weights(train(stage, network, data, tmp_path / stage / "one"))
+        for drop in ("networks.reward.head.bias", "networks.reward.offset"):  # moved by nothing but rounding
+            ours.pop(drop, None)
+            one.pop(drop, None)
+        assert apart(ours, one) < WEIGHTS, stage
+        check_export(whole, tmp_path / stage / "exported", "reward" if stage == "reward" else "policy")
