@@ -225,14 +225,13 @@ def _texts(sample: Any) -> dict[str, list[list[str]]]:
 def _plain(sample: Any) -> dict[str, Any]:
     """A sample without a tokenizer and its template: who says what."""
     if isinstance(sample, Group):
-        answers = [_text(answer.completion) for answer in sample.answers]
+        answers = [[*_turns(answer.completion, True), Segment("\n", False)] for answer in sample.answers]
         ranks = {"rank": [answer.rank for answer in sample.answers]} if sample.answers[0].rank is not None else {}
-        return {"segments": [Segment(_text(sample.prompt), False), *(Segment(a, True) for a in answers)], **ranks}
+        return {"segments": [*_turns(sample.prompt, False), *(s for a in answers for s in a)], **ranks}
     if isinstance(sample, Conversation):
-        parts = [(sample.prompt, False), (sample.completion, True)]
-        return {"segments": [Segment(_text(turn), learned) for turn, learned in parts if turn]}
+        return {"segments": [*_turns(sample.prompt, False), *_turns(sample.completion, True)]}
     if hasattr(sample, "prompt"):
-        return {"segments": [Segment(_text(sample.prompt), False)], **_others(sample.columns)}
+        return {"segments": _turns(sample.prompt, False), **_others(sample.columns)}
     return {"segments": [Segment(sample.text or str(sample.tokens), True)]}
 
 
@@ -241,7 +240,13 @@ def _others(columns: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in columns.items() if name not in ("prompt", "messages", "segments")}
 
 
-def _text(turn: Turn) -> str:
+def _turns(turn: Turn, learned: bool) -> list[Segment]:
+    """A string, or a line for each message; of what is learned from, what the assistant says."""
     if isinstance(turn, str):
-        return turn
-    return "\n".join(f"{message['role']}: {message['content']}" for message in turn)
+        return [Segment(turn, learned)] if turn else []
+    lines = []
+    for message in turn:
+        lines.append(Segment(f"{message['role']}: ", False))
+        lines.append(Segment(str(message["content"]), learned and message["role"] == "assistant"))
+        lines.append(Segment("\n", False))
+    return lines

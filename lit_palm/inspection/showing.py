@@ -88,7 +88,7 @@ def _list(title: str, lines: list[str], width: int, out: TextIO) -> None:
 
 def _marked(segments: list[Segment], opening: str, closing: str) -> str:
     """The text of a row with brackets; of a long one the beginning and the end."""
-    text = "".join(f"{opening}{s.text}{closing}" if s.learned else s.text for s in segments)
+    text = "".join(f"{opening}{s.text}{closing}" if s.learned else s.text for s in segments).rstrip("\n")
     if len(text) <= SHOWN:
         return text
     half = SHOWN // 2

@@ -164,6 +164,14 @@ def test_a_checkpoint_that_is_not_there_yet_leaves_characters(lit_palm: Run) -> 
     assert "rows, as read, before the chat template" in out and "[2]\n    p\u27e6 c\u27e7\n" in out
 
 
+def test_without_a_tokenizer_messages_are_shown_with_what_the_assistant_says_marked(lit_palm: Run) -> None:
+    trees()
+    out = shown(lit_palm, "OASST", "oasst.jsonl", "--rows=1")
+    assert out.endswith("[1] rank [0, 1]\n    user: Why 0?\n    \u27e6Because.\u27e7\n    \u27e6No.\u27e7\n")
+    out = shown(lit_palm, "OASST", "oasst.jsonl", "--view=demonstrations", "--rows=1")
+    assert out.endswith("[1]\n    user: Why 0?\n    assistant: \u27e6Because.\u27e7\n")
+
+
 def test_a_tokenizer_that_a_run_would_train_is_not_trained(lit_palm: Run) -> None:
     write_jsonl(Path("t.jsonl"), [{"text": "one two"}, {"text": "three"}])
     tokenizer = {"class_path": "BPETokenizer", "init_args": {"vocab_size": 300}}
