@@ -87,7 +87,14 @@ class Inspection:
         self.left_out = counted(left_out)
         self.faults: list[str] = []
         self.tokenizer = self._find_tokenizer(module)
-        self.elements = self._tokenised() if self.tokenizer is not None else None
+        self.elements: Any = None
+        self.error: ValueError | None = None
+        """What stops a run once its rows are tokens, such as one that is too long; counts and characters are known."""
+        if self.tokenizer is not None:
+            try:
+                self.elements = self._tokenised()
+            except ValueError as error:
+                self.error = error
 
     # ---- what is said
 
@@ -163,6 +170,7 @@ class Inspection:
             "limit": self.limit,
             "tokenizer": None if self.tokenizer is None else type(self.tokenizer).__name__,
             "notes": self.notes,
+            "error": None if self.error is None else str(self.error),
             "rows": [
                 {**row, "segments": [{"text": s.text, "learned": s.learned} for s in row["segments"]]}
                 for row in self.rows(count)
