@@ -85,6 +85,9 @@ def main(argv: Sequence[str], parse_fit: ParseFit) -> int:
         print(json.dumps(inspection.record(options.rows), indent=2, ensure_ascii=False))
     else:
         show(inspection, options.rows, sys.stdout)
+    if inspection.error is not None:
+        sys.stdout.flush()
+        raise inspection.error
     return 0
 
 

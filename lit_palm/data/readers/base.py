@@ -146,6 +146,8 @@ class Reader(ABC):
             else:
                 keys = ", ".join(map(repr, value)) if isinstance(value, Mapping) else "none"
                 raise self.off(row, path, kind, f"is missing (the keys there are {keys})")
+        if isinstance(value, float) and value != value:
+            value = None  # how pandas writes what is missing
         if value is None and null:
             return None
         if value is None:
