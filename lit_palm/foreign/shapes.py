@@ -60,9 +60,7 @@ class Renamed(Mapping[str, Tensor]):
         return tuple(of(there)) if of is not None else tuple(self._weights[there].shape)
 
 
-def rename(
-    config: HuggingFaceConfig, there: Mapping[str, Tensor], below_head: bool = False
-) -> dict[str, str] | None:
+def rename(config: HuggingFaceConfig, there: Mapping[str, Tensor], below_head: bool = False) -> dict[str, str] | None:
     """For each weight of the model, its name in a folder; None when some are not to be found under a name like theirs.
 
     What a folder holds beside them (masks and frequencies that older versions wrote, a tied output weight) is passed

@@ -127,7 +127,10 @@ class Inspection:
         if self.elements is None:
             return [_plain(sample) for sample in self.samples[:count]]
         if isinstance(self.elements, PromptRows):
-            return [{"segments": [Segment(row["prompt"], False)], **row["columns"]} for row in self.elements[:count]]
+            return [
+                {"segments": [Segment(row["prompt"], False)], **_others(row["columns"])}
+                for row in self.elements[:count]
+            ]
         shown = np.arange(min(count, len(self.elements)))
         batch = self.elements.collate(shown)
         result = []
@@ -229,8 +232,13 @@ def _plain(sample: Any) -> dict[str, Any]:
         parts = [(sample.prompt, False), (sample.completion, True)]
         return {"segments": [Segment(_text(turn), learned) for turn, learned in parts if turn]}
     if hasattr(sample, "prompt"):
-        return {"segments": [Segment(_text(sample.prompt), False)], **sample.columns}
+        return {"segments": [Segment(_text(sample.prompt), False)], **_others(sample.columns)}
     return {"segments": [Segment(sample.text or str(sample.tokens), True)]}
+
+
+def _others(columns: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a prompt that are not the prompt."""
+    return {name: value for name, value in columns.items() if name not in ("prompt", "messages", "segments")}
 
 
 def _text(turn: Turn) -> str:

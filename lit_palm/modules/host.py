@@ -68,6 +68,7 @@ class LitModule(SpreadModule):
         overrides: fields to change in the configuration of the checkpoint's network, such as `dropout`.
         sharding: how networks are spread where the Trainer's strategy spreads them.
         lora: train adapters beside frozen weights; None: all weights.
+        unfrozen_layers: train so many of the topmost blocks and what is above them; None: everything.
     """
 
     kind: ClassVar[Kind]
@@ -82,11 +83,14 @@ class LitModule(SpreadModule):
         overrides: dict[str, Any] | None = None,
         sharding: Sharding | None = None,
         lora: LoRA | None = None,
+        unfrozen_layers: int | None = None,
     ) -> None:
         super().__init__(sharding)
         if lora is not None:
             lora.check_installed()
-        self.lora = lora
+        if lora is not None and unfrozen_layers is not None:
+            raise ValueError("model.lora trains adapters and freezes all blocks: leave model.unfrozen_layers out")
+        self.lora, self.unfrozen_layers = lora, unfrozen_layers
         check_objective(objective, type(self).__name__, self.kind)
         self.network = network
         self.objective = objective
@@ -164,6 +168,7 @@ class LitModule(SpreadModule):
                 f"the network has {found.config.vocab_size} token ids, the tokeniser {self.tokenizer.vocab_size}: "
                 "leave model.network.init_args.vocab_size out to follow the tokeniser"
             )
+        found.unfrozen = self.unfrozen_layers
         return found
 
     def configure_model(self) -> None:

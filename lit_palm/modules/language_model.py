@@ -89,6 +89,7 @@ class LitLanguageModel(LitModule):
         sharding: how networks are spread where the Trainer's strategy spreads them.
         lora: train an adapter beside frozen weights, which checkpoints then name instead of holding; None: train all
             weights.
+        unfrozen_layers: train so many of the topmost blocks and what is above them; None: everything.
     """
 
     kind: ClassVar[Kind] = "language_model"
@@ -106,9 +107,11 @@ class LitLanguageModel(LitModule):
         sample_seed: int = 0,
         sharding: Sharding | None = None,
         lora: LoRA | None = None,
+        unfrozen_layers: int | None = None,
     ) -> None:
         objective = objective or LanguageModeling()
-        super().__init__(network, objective, optimizer, scheduler, clip_per_network, overrides, sharding, lora)
+        options = clip_per_network, overrides, sharding, lora, unfrozen_layers
+        super().__init__(network, objective, optimizer, scheduler, *options)
         self.sample_prompts = sample_prompts or []
         self.sampling = sampling or Sampling()
         self.sample_seed = sample_seed

@@ -67,6 +67,8 @@ class LitPolicy(LitModule):
         overrides: fields to change in the configuration of the checkpoint's network, such as `dropout`.
         sharding: how networks are spread where the Trainer's strategy spreads them, and what is kept off the device.
         lora: train adapters of policy and value on one frozen network, which is the reference too; None: all weights.
+        unfrozen_layers: train so many of the policy's topmost blocks and what is above them (of a value network that
+            starts as the policy too); None: everything.
     """
 
     kind: ClassVar[Kind] = "policy"
@@ -91,9 +93,11 @@ class LitPolicy(LitModule):
         reference_update: ReferenceUpdate | None = None,
         sharding: Sharding | None = None,
         lora: LoRA | None = None,
+        unfrozen_layers: int | None = None,
     ) -> None:
         objective = objective or PPO()
-        super().__init__(network, objective, optimizer, scheduler, clip_per_network, overrides, sharding, lora)
+        options = clip_per_network, overrides, sharding, lora, unfrozen_layers
+        super().__init__(network, objective, optimizer, scheduler, *options)
         self.rewards: list[Reward] = list(rewards or [])
         check_rewards(self.objective, [reward.name for reward in self.rewards])
         check_reference(self.objective, precompute_reference, reference_update is not None, lora is not None)

@@ -40,6 +40,8 @@ def numeric_dtype(module: LitPolicy) -> torch.dtype:
         return torch.bfloat16
     if precision.startswith("16"):
         return torch.float16
+    if module.lora is not None and module.lora.quantize is not None:
+        return torch.bfloat16  # kernels of quantised matrices round to 16 bits, and not alike for any number of rows
     return next(module.networks.parameters()).dtype
 
 

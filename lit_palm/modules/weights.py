@@ -129,6 +129,7 @@ class Blueprint:
         headless: a language model without the weights that only logits need, as below a scalar head.
         role: what the network is in the checkpoint that `where` names.
         adapted: the frozen network and the adapter that `stored` puts together, of a checkpoint of LoRA.
+        unfrozen: blocks that are trained, of the topmost; None: all.
     """
 
     config: NetworkConfig
@@ -140,6 +141,7 @@ class Blueprint:
     headless: bool = False
     role: str | None = None
     adapted: Adapted | None = None
+    unfrozen: int | None = None
 
     def structure(self) -> nn.Module:
         """The network on the current device, with weights that mean nothing."""
@@ -148,6 +150,8 @@ class Blueprint:
             network = self.config.build()
             if self.headless:
                 network.drop_output()
+            if self.unfrozen is not None:
+                freeze_below(network, self.unfrozen)
             return network if self.pooling is None else ScalarNetwork(network, self.pooling)
 
     @cached_property
@@ -160,7 +164,8 @@ class Blueprint:
     def in_parts(self) -> bool:
         """Whether a process can make its part alone."""
         trunk = self.empty.trunk if isinstance(self.empty, ScalarNetwork) else self.empty
-        return isinstance(trunk, Network) and (trunk.in_parts or (self.stored is not None and trunk.loads_in_parts))
+        loaded = self.stored is not None or (self.pooling is None and bool(self.config.starts))
+        return isinstance(trunk, Network) and (trunk.in_parts or (loaded and trunk.loads_in_parts))
 
     @cached_property
     def source(self) -> Source:
@@ -251,6 +256,22 @@ def blueprint(
     else:
         found.stored = Stored(checkpoint.path, there)
     return found
+
+
+def freeze_below(network: Network, count: int) -> None:
+    """Train nothing below the topmost `count` blocks: neither the other blocks nor embeddings, to which a tied output
+    weight belongs. What stands above the blocks is trained in any case.
+
+    Raises:
+        ValueError: there are fewer blocks.
+    """
+    blocks = network.blocks()
+    if not 0 <= count <= len(blocks):
+        raise ValueError(
+            f"model.unfrozen_layers is {count}: choose from 0 to the network's {len(blocks)} blocks, or null"
+        )
+    for module in [*blocks[: len(blocks) - count], *(m for m in network.modules() if isinstance(m, nn.Embedding))]:
+        module.requires_grad_(False)
 
 
 def over(trunk: Blueprint, pooling: Literal["last", "mean"] = "last") -> Blueprint:

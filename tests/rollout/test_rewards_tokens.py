@@ -70,6 +70,20 @@ def test_what_no_token_can_be_worth_is_refused() -> None:
         total_reward([ByToken(lambda batch: nan)], batch)
 
 
+def test_a_function_may_say_it_in_lists() -> None:
+    """One number for each of `completion_ids`, which end with EOS."""
+    batch = tiny_reward_batch(["ab", "c"], ["a prompt", "x"])
+
+    def places(completion_ids: list[Tensor]) -> list[list[float]]:
+        return [[float(place) for place in range(len(ids))] for ids in completion_ids]
+
+    scores, _, tokens = reward_totals([PythonReward(places, weight=2.0)], batch)
+    assert scores.tolist() == [6, 2] and tokens is not None
+    assert tokens[0, len(batch.prompt_ids[0]) :].tolist() == [0, 2, 4]
+    with pytest.raises(ValueError, match="'short' returned 1 numbers for completion 0, which has 3 tokens: return one"):
+        total_reward([PythonReward(lambda completions: [[1.0], [2.0]], name="short")], batch)
+
+
 # ------------------------------------------------------------------------------------------ PPO
 
 

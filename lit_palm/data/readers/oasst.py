@@ -160,7 +160,8 @@ class OASST(Reader):
         elif not self.synthetic and get("synthetic", bool, null=True):
             fault = "a model wrote the message (data.reader.synthetic)"
         identity, parent, text = get("message_id", str), get("parent_id", str, null=True), get("text", str)
-        return _Node(row, identity, parent, text, _ROLES[role], lang, get("rank", int, null=True), fault)
+        place = Row(row.where, {})  # the rest of a hundred thousand rows would take half a gigabyte
+        return _Node(place, identity, parent, text, _ROLES[role], lang, get("rank", int, null=True), fault)
 
     def _pruned(self, root: _Node, drop: Drop, top_k: int | None) -> Iterator[_Node]:
         """The tree without what is left out, if its root stays."""

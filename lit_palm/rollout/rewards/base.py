@@ -17,9 +17,10 @@ __all__ = ["NetworkLoader", "Reward", "RewardBatch", "Values", "every_reward", "
 NetworkLoader = Callable[[str, str], nn.Module]
 """load(checkpoint, role) -> network: `lit_palm.modules.weights.load_network`, or a test's own."""
 
-Values = Sequence[float] | Tensor
+Values = Sequence[float] | Sequence[Sequence[float]] | Tensor
 """One number for each of the B completions, a sequence of length B or a tensor [B]; or one for each of their tokens, a
-tensor [B, T] as `RewardBatch.tokens`, whose sum over the completion is its score."""
+tensor [B, T] as `RewardBatch.tokens`, or B sequences as long as `RewardBatch.completion_ids`. The sum over a completion
+is then its score."""
 
 
 @dataclass
@@ -94,7 +95,7 @@ class Reward(ABC):
     def __call__(self, batch: RewardBatch) -> Values:
         """One finite number for each of the B completions: a sequence of length B or a tensor [B].
 
-        Or one for each token, [B, T] as `batch.tokens`, of a reward that knows what each was worth: what stands outside
+        Or one for each token (see `Values`), of a reward that knows what each was worth: what stands outside
         the completion counts for nothing, and the sum over it is the completion's score. An objective that gives
         credit to tokens (PPO) reads them all, others read the score.
         """

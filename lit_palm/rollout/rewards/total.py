@@ -75,11 +75,28 @@ def _evaluated(reward: Reward, batch: RewardBatch) -> tuple[dict[str, Tensor], T
     except Exception as error:  # a user's function may raise anything
         raise ValueError(f"reward {reward.name!r} raised {type(error).__name__}: {error}") from error
     named = {reward.name: raw} | {f"{reward.name}/{name}": values for name, values in members.items()}
+    named = {name: _laid_out(name, values, batch) for name, values in named.items()}
     dense = {name: values for name, values in named.items() if isinstance(values, Tensor) and values.dim() == 2}
     tokens = {name: _of_tokens(name, values, batch) for name, values in dense.items()}
     sums = {name: values.sum(1) for name, values in tokens.items()}
     scores = {name: _as_scores(name, sums.get(name, values), batch) for name, values in named.items()}
     return scores, tokens.get(reward.name)
+
+
+def _laid_out(name: str, raw: Any, batch: RewardBatch) -> Any:
+    """Sequences of one number a token, one sequence a completion, as [B, T]; anything else as it is."""
+    rows = list(raw) if isinstance(raw, (list, tuple)) else []
+    if len(rows) != len(batch) or not all(isinstance(r, (list, tuple)) or getattr(r, "ndim", 0) == 1 for r in rows):
+        return raw
+    laid = torch.zeros(batch.tokens.shape, dtype=torch.float32, device=batch.tokens.device)
+    for place, (row, prompt, ids) in enumerate(zip(rows, batch.prompt_ids, batch.completion_ids, strict=True)):
+        if len(row) != len(ids):
+            raise ValueError(
+                f"reward {name!r} returned {len(row)} numbers for completion {place}, which has {len(ids)} tokens: "
+                "return one number a completion, or one for each of its tokens"
+            )
+        laid[place, len(prompt) : len(prompt) + len(ids)] = torch.as_tensor(row, dtype=torch.float32).to(laid.device)
+    return laid
 
 
 def _of_tokens(name: str, raw: Tensor, batch: RewardBatch) -> Tensor:

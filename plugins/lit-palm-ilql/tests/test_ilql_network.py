@@ -25,6 +25,7 @@ from lit_palm import (
     read_checkpoint,
 )
 from lit_palm.callbacks import LastCheckpoint
+from lit_palm.rollout.continuous_engine import ContinuousEngine
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +91,10 @@ def test_greedy_decoding_is_what_a_computation_by_hand_says(two_qs: bool) -> Non
             assert token == int(shifted.argmax())
             assert logp == pytest.approx(float(torch.log_softmax(shifted, -1)[0, token]), abs=1e-5)
             tokens = torch.cat([tokens, torch.tensor([[token]])], 1)
+    others = ContinuousEngine(max_batch_size=2).generate(  # what serves and chats
+        made, prompts, Sampling(max_new_tokens=8, temperature=0.0), torch.arange(4), pad_id=0, eos_id=1
+    )
+    assert [c.tolist() for c in others.completions] == [c.tolist() for c in found.completions]
     made.config.decode_beta = 0.0
     plain = CachedEngine().generate(
         made.base, prompts, Sampling(max_new_tokens=8, temperature=0.0), torch.arange(4), pad_id=0, eos_id=1
@@ -193,6 +198,32 @@ def test_it_starts_as_a_fine_tuned_language_model_and_needs_it_no_more(tmp_path:
     assert made.config.vocab_size == 263
     heads = [made.q_heads[0].out.weight, made.v_head.up.weight]
     assert all(0.1 < w.std() * w.shape[1] ** 0.5 < 10 for w in heads), "heads are drawn, by fan-in"
+
+
+def test_it_goes_around_a_hugging_face_model(tmp_path: Path) -> None:
+    """A Llama folder: the language model says what transformers says, trains with its heads, decodes and comes back."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    llama = transformers.LlamaConfig(**sizes, num_key_value_heads=1, vocab_size=270, max_position_embeddings=64)
+    theirs = transformers.LlamaForCausalLM(llama).eval()
+    theirs.save_pretrained(tmp_path / "llama")
+    module = LitPolicy(ILQLConfig(start=str(tmp_path / "llama"), sync_steps=1, alpha=0.5), ILQL())
+    trainer(tmp_path, max_epochs=2).fit(module, datamodule=rated(tmp_path))
+    frozen, trained = module.frozen["reference"], module.networks["policy"]
+    assert isinstance(frozen, ILQLNetwork) and isinstance(trained, ILQLNetwork)
+    tokens = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-5)
+        moved = (trained.target_q_heads[0].out.weight - frozen.q_heads[0].out.weight).abs().max()
+        assert moved > 0 and (trained(tokens) - frozen(tokens)).abs().max() > 1e-3
+        (tmp_path / "llama" / "model.safetensors").unlink()
+        again = load_network(tmp_path / "last.ckpt", overrides={"decode_beta": 5.0})
+        assert isinstance(again, ILQLNetwork)
+        torch.testing.assert_close(again(tokens), trained(tokens))
+        shifted = again(tokens, cache=again.new_cache(1, 8))[:, -1]
+        torch.testing.assert_close(shifted, by_hand(again, tokens, 5.0), rtol=1e-4, atol=1e-5)
 
 
 def test_the_objective_says_which_network_it_needs(tmp_path: Path) -> None:
