@@ -77,7 +77,7 @@ class Base:
             assert self.seed is not None
             return Blueprint(config, self.seed, where=f"the base of {where}")
         path = os.environ.get(BASE_VARIABLE) or self.path
-        if is_local(path) and not os.path.exists(path):
+        if os.path.isabs(path) and not os.path.exists(path):
             raise ValueError(
                 f"{where}: is a LoRA checkpoint on the weights of {path}, which does not exist: put that back, or say "
                 f"where it is now with the environment variable {BASE_VARIABLE}"
@@ -114,7 +114,8 @@ def base_of(found: Blueprint) -> Base:
         return found.adapted.base
     if found.stored is None:
         return Base(None, seed=found.seed)
-    path = os.path.abspath(found.where) if is_local(found.where) else found.where
+    # a name on the hub or a URL stays what it is
+    path = os.path.abspath(found.where) if is_local(found.where) and os.path.exists(found.where) else found.where
     return Base(path, found.role or "policy")
 
 

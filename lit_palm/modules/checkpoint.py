@@ -91,7 +91,13 @@ class Checkpoint:
         return tokenizer_from_dict(data) if data else None
 
     def weights(self, role: str) -> dict[str, Tensor]:
-        """Weights of one network, without their prefix."""
+        """Weights of one network, without their prefix.
+
+        Raises:
+            ValueError: it holds an adapter, and the weights below it are elsewhere.
+        """
+        if "lora" in self.header.get("networks", {}).get(role, {}):
+            raise ValueError(f"{self.path}: holds an adapter as {role}; load_network gives the whole network")
         prefix = f"networks.{role}."
         return {k.removeprefix(prefix): v for k, v in self.state_dict.items() if k.startswith(prefix)}
 
