@@ -3,6 +3,7 @@
 from lit_palm.data.demonstrations import DemonstrationData as DemonstrationData
 from lit_palm.data.preferences import PreferenceData as PreferenceData
 from lit_palm.data.prompts import PromptData as PromptData
+from lit_palm.data.readers import Reader as Reader
 from lit_palm.data.stream_sources import TextSource as TextSource
 from lit_palm.data.streaming import StreamingTextData as StreamingTextData
 from lit_palm.data.text import TextData as TextData
@@ -30,12 +31,14 @@ from lit_palm.objectives import Objective as Objective
 from lit_palm.objectives import RewardRanking as RewardRanking
 from lit_palm.objectives import RewardRegression as RewardRegression
 from lit_palm.rollout.collector import RolloutConfig as RolloutConfig
+from lit_palm.rollout.continuous_engine import ContinuousEngine as ContinuousEngine
 from lit_palm.rollout.engine import CachedEngine as CachedEngine
 from lit_palm.rollout.engine import Engine as Engine
 from lit_palm.rollout.engine import Generation as Generation
 from lit_palm.rollout.loader import RolloutLoader as RolloutLoader
 from lit_palm.rollout.rewards import Ensemble as Ensemble
 from lit_palm.rollout.rewards import ExactMatch as ExactMatch
+from lit_palm.rollout.rewards import GSM8KAnswer as GSM8KAnswer
 from lit_palm.rollout.rewards import LengthPenalty as LengthPenalty
 from lit_palm.rollout.rewards import NumericMatch as NumericMatch
 from lit_palm.rollout.rewards import PythonReward as PythonReward
@@ -44,6 +47,7 @@ from lit_palm.rollout.rewards import RepetitionPenalty as RepetitionPenalty
 from lit_palm.rollout.rewards import Reward as Reward
 from lit_palm.rollout.rewards import RewardBatch as RewardBatch
 from lit_palm.rollout.rewards import RewardModel as RewardModel
+from lit_palm.rollout.rewards import SequenceClassifier as SequenceClassifier
 from lit_palm.rollout.sampling import Sampling as Sampling
 from lit_palm.types import Experience as Experience
 from lit_palm.types import Loss as Loss

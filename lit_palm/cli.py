@@ -2,8 +2,10 @@
 
     lit-palm fit --config configs/demo/pretrain.yaml [--config overlay.yaml] [--model.objective=DPO] [--print_config]
     lit-palm generate --checkpoint runs/demo/ppo/last.ckpt --prompt "The film"
-    lit-palm export runs/demo/ppo/last.ckpt folder
+    lit-palm import palm_410m_8k_v0.pt folder --tokenizer EleutherAI/gpt-neox-20b
+    lit-palm export runs/demo/ppo/last.ckpt folder [--gguf] [--push OWNER/NAME]
     lit-palm consolidate runs/sharded/last.ckpt folder
+    lit-palm data inspect --config configs/finetune.yaml
     lit-palm plan --config configs/ppo.yaml --device a100-80gb --devices 64 [--dry-run] [--json]
     lit-palm plugins [--json | show NAME]
     lit-palm new-objective NAME [--kind offline|online]
@@ -15,6 +17,7 @@ in the order given, and flags. A checkpoint never overrides any of them: it brin
 from __future__ import annotations
 
 import difflib
+import importlib
 import logging
 import os
 import re
@@ -31,12 +34,32 @@ __all__ = ["build_cli", "main", "prepare_process"]
 
 EXTRA_VERBS = {
     "generate": "Complete prompts with a checkpoint, streaming to the terminal.",
-    "export": "Write a checkpoint's networks as safetensors with their configuration and tokeniser.",
+    "chat": "Talk to a checkpoint on the terminal.",
+    "serve": "Serve a checkpoint to clients of OpenAI's interface.",
+    "import": "Turn weights of palm-rlhf-pytorch or Cohere into a folder that every stage starts from.",
+    "export": "Write a checkpoint for other tools: transformers, vLLM, llama.cpp, or safetensors of our own.",
     "consolidate": "Put a folder of shards together: one safetensors file a network, or one checkpoint file.",
+    "data": "Show what a run would train on: counts, lengths, rows with their loss mask, and what is left out and why.",
     "plan": "Say what a run needs on which devices: memory, time and cost, and what to change where it does not fit.",
     "plugins": "List objectives, rewards, networks and engines, and where they come from.",
     "new-objective": "Write a package with an objective of your own, which trains and passes its tests as it stands.",
 }
+
+# which function runs each, imported when it is asked for
+_MAINS = {
+    "generate": "generate:main",
+    "chat": "serve.terminal:main",
+    "serve": "serve.command:main",
+    "import": "convert.importing:main",
+    "export": "convert.exporting:main",
+    "consolidate": "generate:consolidate_main",
+    "data": "inspection:main",
+    "plan": "plan:main",
+    "plugins": "plugins:main",
+    "new-objective": "scaffold:main",
+}
+_READ_RUNS = ("data", "plan")
+"""Those that take the YAML files and flags of a run."""
 
 
 def prepare_process() -> None:
@@ -148,8 +171,8 @@ def build_cli() -> type[Any]:
     return LitPalmCLI
 
 
-def parse_fit(argv: list[str]) -> tuple[Any, Any]:
-    """What `lit-palm fit ARGV` would run with: its configuration as parsed, and its model without networks."""
+def parse_fit(argv: list[str], parts: Sequence[str] = ("model",)) -> tuple[Any, ...]:
+    """What `lit-palm fit ARGV` would run with: its configuration as parsed, and its model without networks, or data."""
     from jsonargparse import Namespace
 
     class Reader(build_cli()):  # type: ignore[misc]
@@ -172,7 +195,8 @@ def parse_fit(argv: list[str]) -> tuple[Any, Any]:
     config = reader.config["fit"]
     parser = reader._parser("fit")
     build = getattr(parser, "instantiate", None) or parser.instantiate_classes
-    return config, build(Namespace(model=config.model)).model
+    built = build(Namespace({part: config[part] for part in parts}))
+    return config, *(built[part] for part in parts)
 
 
 # what jsonargparse says beside the reason, when a value fits none of the types that its key allows
@@ -225,22 +249,10 @@ def _accepted(class_path: str, option: str) -> str:
 
 def run(argv: Sequence[str]) -> int:
     """Run one command line; returns the exit status."""
-    verb = next((a for a in argv if not a.startswith("-")), "")
     if argv and argv[0] in EXTRA_VERBS:
-        if verb == "plugins":
-            return plugins.main(argv[1:])
-        if verb == "new-objective":
-            from lit_palm import scaffold
-
-            return scaffold.main(argv[1:])
-        if verb == "plan":
-            from lit_palm import plan
-
-            return plan.main(argv[1:], parse_fit)
-        from lit_palm import generate
-
-        mains = {"export": generate.export_main, "consolidate": generate.consolidate_main}
-        return mains.get(verb, generate.main)(argv[1:])
+        module, function = _MAINS[argv[0]].split(":")
+        verb_main = getattr(importlib.import_module(f"lit_palm.{module}"), function)
+        return int(verb_main(argv[1:], parse_fit) if argv[0] in _READ_RUNS else verb_main(argv[1:]))
     if not argv or argv[0] in ("-h", "--help"):
         print("lit-palm also has:\n" + "\n".join(f"  {v:14} {text}" for v, text in EXTRA_VERBS.items()) + "\n")
     plugins.load_named(argv)

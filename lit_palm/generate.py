@@ -1,4 +1,4 @@
-"""`lit-palm generate`, `export` and `consolidate`: what to do with a checkpoint when no Trainer is needed.
+"""`lit-palm generate` and `consolidate`: what to do with a checkpoint when no Trainer is needed.
 
 lit-palm generate --checkpoint runs/demo/ppo/last.ckpt --prompt "The film" --max_new_tokens 40
 lit-palm generate --checkpoint runs/demo/ppo/last.ckpt --file prompts.txt --output completions.jsonl
@@ -18,7 +18,7 @@ import torch
 
 from lit_palm.rollout.sampling import Sampling
 
-__all__ = ["consolidate_main", "export_main", "main"]
+__all__ = ["consolidate_main", "main"]
 
 
 def _parser() -> Any:
@@ -68,28 +68,9 @@ def read_prompts(path: str) -> list[str]:
     return prompts
 
 
-class _Stream:
-    """Prints a completion as it is sampled: whole characters only, since a character may span tokens."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.shown = 0
-
-    def __call__(self, row: int, token: int) -> None:
-        self.ids.append(token)
-        text = self.tokenizer.decode(self.ids)
-        if not text.endswith("\ufffd"):
-            self.show(text)
-
-    def show(self, text: str) -> None:
-        """Print what of the completion's text has not been printed."""
-        print(text[self.shown :], end="", flush=True)
-        self.shown = len(text)
-
-
 def main(argv: Sequence[str]) -> int:
     """Run `lit-palm generate`."""
+    from lit_palm.data.streamed_text import StreamedText
     from lit_palm.data.templates import encode_chat
     from lit_palm.models.base import Network
     from lit_palm.modules.checkpoint import load_checkpoint_tokenizer
@@ -118,9 +99,14 @@ def main(argv: Sequence[str]) -> int:
         return torch.tensor(tokenizer.prefix + tokenizer.encode(prompt), dtype=torch.long)
 
     engine = CachedEngine()
-    stream = _Stream(tokenizer) if not args.output and len(prompts) == 1 else None
-    if stream:
+    stream = StreamedText(tokenizer.decode) if not args.output and len(prompts) == 1 else None
+    if stream is not None:
         print(prompts[0], end="", flush=True)
+
+    def hear(row: int, token: int) -> None:
+        assert stream is not None
+        print(stream.push(token), end="", flush=True)
+
     generation = engine.generate(
         network,
         [encode(p) for p in prompts],
@@ -129,7 +115,7 @@ def main(argv: Sequence[str]) -> int:
         pad_id=tokenizer.pad_id,
         eos_id=tokenizer.eos_id,
         decode=tokenizer.decode,
-        on_token=stream,
+        on_token=None if stream is None else hear,
     )
     texts = [tokenizer.decode(c.tolist()) for c in generation.completions]
     if args.output:
@@ -138,27 +124,11 @@ def main(argv: Sequence[str]) -> int:
                 row = {"prompt": prompt, "completion": text, "finish_reason": reason}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         print(f"wrote {len(texts)} completions to {args.output}", file=sys.stderr)
-    elif stream:
-        stream.show(texts[0])  # a character that was never completed
-        print()
+    elif stream is not None:
+        print(stream.finish())  # a character that was never completed
     else:
         for prompt, text in zip(prompts, texts, strict=True):
             print(f"{prompt}{text}\n")
-    return 0
-
-
-def export_main(argv: Sequence[str]) -> int:
-    """Run `lit-palm export`."""
-    from jsonargparse import ArgumentParser
-
-    from lit_palm.modules.checkpoint import export_folder
-
-    parser = ArgumentParser(prog="lit-palm export", description=export_folder.__doc__, exit_on_error=False)
-    parser.add_argument("checkpoint", type=str, help="A checkpoint file or directory.")
-    parser.add_argument("folder", type=str, help="Where to write config.json and the safetensors files.")
-    args = _parse(parser, argv)
-    export_folder(args.checkpoint, args.folder)
-    print(f"wrote {args.folder}", file=sys.stderr)
     return 0
 
 

@@ -59,6 +59,8 @@ class Experience(dict[str, Any]):
     margin        [B] float    by how much the better answer of a pair was preferred (pairs, optional)
     row           [B] long     global number of the row in the collection (rollouts)
     scores        [B] float    weighted sum of the rewards, one for each completion (rollouts)
+    token_rewards [B, T]       what rewards said of single tokens, weighted; a part of the scores, zero outside
+                               `loss_mask` (rollouts with such a reward)
     ended         [B] bool     the completion ended by itself, with EOS or a stop sequence (rollouts)
     old_logps     [B, T]       log-probabilities under the policy that sampled, as training computes them (when an
                                objective needs `old_logps`)
@@ -114,6 +116,7 @@ class Output:
         values: [B, T] state values (with gradient).
         scores: [B] score at the last real token of each row (reward models).
         ref_logps: [B, T] log-probabilities under the reference (offline objectives; rollouts carry theirs).
+        extra: [B, T] each, by name: what the network gives beside, where an objective asks for it in its `extras`.
     """
 
     logps: Tensor | None = None
@@ -122,6 +125,7 @@ class Output:
     values: Tensor | None = None
     scores: Tensor | None = None
     ref_logps: Tensor | None = None
+    extra: dict[str, Tensor] | None = None
 
 
 @dataclass

@@ -20,7 +20,7 @@ MODULES = [path.relative_to(ROOT).as_posix() for path in SOURCES]
 
 MAX_LINES = 350
 # the whole network in one file by design; the two modules are lists of Lightning's hooks
-LONGER = {"lit_palm/models/palm.py": 440, "lit_palm/modules/host.py": 380, "lit_palm/modules/policy.py": 400}
+LONGER = {"lit_palm/models/palm.py": 440, "lit_palm/modules/host.py": 400, "lit_palm/modules/policy.py": 400}
 
 # Arrows point from a lower number to a higher one: a room imports rooms of its own or a lower number.
 LEVELS = {
@@ -38,6 +38,7 @@ LEVELS = {
     "callbacks": 3,
     "convert": 4,
     "generate": 4,
+    "inspection": 4,
     "plan": 4,
     "scaffold": 4,
     "serve": 4,
@@ -60,6 +61,10 @@ NO_LIGHTNING = (
     "lit_palm/rollout/sampling.py",
     "lit_palm/rollout/advantages.py",
     "lit_palm/rollout/engine.py",
+    "lit_palm/rollout/endings.py",
+    "lit_palm/rollout/row_sampling.py",
+    "lit_palm/rollout/continuous.py",
+    "lit_palm/rollout/continuous_engine.py",
     "lit_palm/rollout/rewards/",
 )
 

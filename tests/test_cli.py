@@ -310,7 +310,7 @@ def test_generate_uses_the_template_that_the_checkpoint_brings(lit_palm: Run, he
 
 
 def test_export(lit_palm: Run, here: Path) -> None:
-    status, _, err = lit_palm("export", "policy/last.ckpt", "exported")
+    status, _, err = lit_palm("export", "policy/last.ckpt", "exported", "--format", "lit-palm")
     assert status == 0, err
     names = sorted(p.name for p in (here / "exported").iterdir())
     assert names == ["config.json", "policy.safetensors", "value.safetensors"]

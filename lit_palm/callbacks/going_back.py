@@ -49,7 +49,7 @@ def take(trainer: Trainer) -> dict[str, Any]:
         "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         "objective": module.objective.state_dict(),
         "precision": trainer.precision_plugin.state_dict(),
-        "reference_step": getattr(module, "_reference_step", 0),
+        "followed": module.followed,
     }
 
 
@@ -77,8 +77,7 @@ def restore(trainer: Trainer, snapshot: dict[str, Any]) -> None:
     module.objective.load_state_dict(snapshot["objective"])
     if snapshot["precision"]:
         trainer.precision_plugin.load_state_dict(snapshot["precision"])
-    if hasattr(module, "_reference_step"):
-        module._reference_step = snapshot["reference_step"]
+    module.followed = snapshot["followed"]
     steps = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
     steps.total.ready = steps.total.completed = snapshot["step"]
 

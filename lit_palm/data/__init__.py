@@ -4,6 +4,7 @@ from lit_palm.data.base import TokenizedData
 from lit_palm.data.demonstrations import DemonstrationData
 from lit_palm.data.preferences import PreferenceData
 from lit_palm.data.prompts import PromptData
+from lit_palm.data.readers import Reader
 from lit_palm.data.stream_sources import TextSource
 from lit_palm.data.streaming import StreamingTextData
 from lit_palm.data.text import TextData
@@ -16,6 +17,7 @@ __all__ = [
     "HFTokenizer",
     "PreferenceData",
     "PromptData",
+    "Reader",
     "StreamingTextData",
     "TextData",
     "TextSource",

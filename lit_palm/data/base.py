@@ -19,14 +19,17 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_palm.data.cache import Columns, ColumnWriter, cache_folder, cached
+from lit_palm.data.faults import counted, leaver
+from lit_palm.data.limits import LimitedData
 from lit_palm.data.position import position
+from lit_palm.data.readers.base import Reader, View, check_view
 from lit_palm.data.sampler import CountedLoader
 from lit_palm.data.sources import Row, has_splits, read_rows, source_fingerprint
 from lit_palm.data.tokenizers import BPETokenizer, Tokenizer, choose_tokenizer, tokenizer_from_dict
@@ -42,12 +45,12 @@ _STAGES: dict[str, tuple[Stage, ...]] = {
 }
 
 
-class TokenizedData(LightningDataModule, ABC):
+class TokenizedData(LimitedData, ABC):
     """Base class of the data modules.
 
     Args:
         train: training data: a file (jsonl, json, csv, tsv, parquet, txt, arrow), a folder, a glob, an fsspec URL, or a
-            hub dataset (`name` or `name:config`).
+            hub dataset (`name` or `name:config`); None: where the reader's dataset is, if there is a reader.
         validation: validation data, likewise.
         test: test data, likewise.
         predict: data to predict on, likewise.
@@ -67,10 +70,15 @@ class TokenizedData(LightningDataModule, ABC):
             similar length and little padding; 1 leaves the plain shuffle. Packed rows are all of one length.
         seed: chooses the orders.
         cache_dir: where tokenised data is kept; None: $LIT_PALM_CACHE, else ~/.cache/lit_palm.
+        reader: makes the columns that this data module takes from the rows of a published dataset, such as OASST or
+            HHRLHF; all sources are then read by it. It knows the dataset's name on the hub and its splits.
 
     Raises:
         ValueError: when arguments are out of range or do not fit together.
     """
+
+    view: ClassVar[View | None] = None
+    """What it asks a reader for; None: it takes none."""
 
     def __init__(
         self,
@@ -92,8 +100,16 @@ class TokenizedData(LightningDataModule, ABC):
         length_window: int = 1,
         seed: int = 0,
         cache_dir: str | None = None,
+        reader: Reader | None = None,
     ) -> None:
         super().__init__()
+        if reader is not None:
+            check_view(reader, self.view, type(self).__name__)
+            if train is None:
+                train, splits = reader.hub.name, reader.splits(self.view)  # type: ignore[arg-type]
+                if not (validation or validation_fraction):
+                    validation_split = validation_split or ("validation" if "validation" in splits else None)
+                test_split = test_split or ("test" if "test" in splits else None)
         if not 0.0 <= validation_fraction < 1.0:
             raise ValueError(f"data.validation_fraction is {validation_fraction}; it must be in [0, 1)")
         if validation_fraction and (validation or validation_split):
@@ -117,7 +133,10 @@ class TokenizedData(LightningDataModule, ABC):
         self.length_window = length_window
         self.seed = seed
         self.cache_dir = cache_dir
+        self.reader = reader
         self._given_tokenizer = tokenizer
+        self.rows_read: dict[Stage, int] = {}
+        """Rows of the source that `samples` has read, for each stage."""
         self._elements: dict[Stage, Any] = {}
         self._position: dict[str, int] = {"epoch": 0, "batch": 0}
 
@@ -149,6 +168,8 @@ class TokenizedData(LightningDataModule, ABC):
 
     def identity(self, source: str, split: str) -> str:
         """Changes when the data of a source may have changed."""
+        if self.reader is not None and self.view is not None:
+            return self.reader.identity(source, split, self.view)
         return source_fingerprint(source, split)
 
     # ---- Lightning's hooks
@@ -163,11 +184,7 @@ class TokenizedData(LightningDataModule, ABC):
         Raises:
             ValueError: for every fault of data, tokenizer or arguments, naming file and line or the key.
         """
-        tokenizer = self._ready_tokenizer()
-        if isinstance(self.tokenizer, Tokenizer) and self.tokenizer is not tokenizer:
-            self._elements.clear()  # used with another network before
-        self.tokenizer = tokenizer
-        self._check_network()
+        tokenizer = self.find_tokenizer()
         needed = _STAGES[stage]
         for name in needed:
             if self.sources[name][0] is None and name == needed[0]:
@@ -175,9 +192,21 @@ class TokenizedData(LightningDataModule, ABC):
             if self.sources[name][0] is not None and name not in self._elements:
                 self._elements[name] = self.ready(name, tokenizer)
 
+    def find_tokenizer(self) -> Tokenizer:
+        """The tokenizer that rows are written with, trained and checked against the network."""
+        tokenizer = self._ready_tokenizer()
+        if isinstance(self.tokenizer, Tokenizer) and self.tokenizer is not tokenizer:
+            self._elements.clear()  # used with another network before
+        self.tokenizer = tokenizer
+        self._check_network()
+        return tokenizer
+
     def ready(self, stage: Stage, tokenizer: Tokenizer) -> Any:
         """What the loader of a stage is made from: tokenised, or found in the cache."""
         columns = self._tokenised(stage, tokenizer)
+        left_out = counted(columns.meta.get("left_out", {}))
+        if left_out and not (stage == "validation" and self._from_train(stage)):  # the same rows, told already
+            rank_zero_warn("\n  ".join([f"{type(self.reader).__name__} left rows out of {stage}", *left_out]))
         elements = self.elements(columns, tokenizer)
         if stage == "train":
             order = [len(elements), self.shuffle, self.length_window, self.seed]
@@ -221,47 +250,13 @@ class TokenizedData(LightningDataModule, ABC):
                     f" processes), now there are {now[name]}: this epoch will miss or repeat some of the data"
                 )
 
-    # ---- limits of the network
-
-    def network_limit(self, name: str) -> int | None:
-        """`context_length` or `vocab_size` of the module that will train on this data, None where it does not say."""
-        value = getattr(self._module, name, None)
-        return value if isinstance(value, int) else None
-
-    def check_length(self, length: int, key: str) -> None:
-        """Refuse rows that are longer than the network's context.
-
-        Raises:
-            ValueError: naming the argument.
-        """
-        context = self.network_limit("context_length")
-        if context is not None and length > context:
-            raise ValueError(f"data.{key} is {length}, but the network's context is {context} tokens; lower data.{key}")
-
-    def _check_network(self) -> None:
-        known = self.network_limit("vocab_size")
-        if known is not None and self.tokenizer.vocab_size > known:
-            raise ValueError(
-                f"the tokenizer has {self.tokenizer.vocab_size} ids, the network's vocab_size is {known}: a token id"
-                " would be outside the vocabulary; leave the network's vocab_size out to take the tokenizer's"
-            )
-
-    @property
-    def _module(self) -> Any:
-        return self.trainer.lightning_module if self.trainer is not None else None
-
-    def _ranks(self) -> tuple[int, int]:
-        # the data-parallel rank, whatever the strategy
-        kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
-
     # ---- from source to columns
 
     def _source(self, stage: Stage) -> tuple[str, str, int | None]:
         source, split = self.sources[stage]
         assert source is not None
         if stage != "train" and (source, split) != self.sources["train"] and source == self.sources["train"][0]:
-            if not has_splits(source):
+            if not (has_splits(source) if self.reader is None else self.reader.has_splits(source)):
                 raise ValueError(
                     f"{source}: this is no dataset with splits, so data.{stage}_split={split!r} names nothing; set"
                     f" data.{stage} to a file of its own, or data.validation_fraction"
@@ -271,17 +266,30 @@ class TokenizedData(LightningDataModule, ABC):
     def _from_train(self, stage: Stage) -> bool:
         return self.validation_fraction > 0 and stage in ("train", "validation")
 
-    def _samples(self, stage: Stage) -> Iterator[Any]:
+    def samples(self, stage: Stage, left_out: dict[str, Any] | None = None) -> Iterator[Any]:
+        """The samples of a stage; what the reader leaves out is counted in `left_out`, rows in `rows_read`."""
+        tally: dict[str, Any] = {} if left_out is None else left_out
         source, split, limit = self._source(stage)
+        if self.reader is not None and self.view is not None:
+            drop = leaver(tally)
+            rows = self.reader.rows(source, split, self.view, limit, drop, partial(self._counted, stage))
+        else:
+            rows = self._counted(stage, self.read(source, split, limit))
         found = False
-        for prompt, sample in self.parse(self.read(source, split, limit)):
+        for prompt, sample in self.parse(rows):
             held_out = self._from_train(stage) and _unit_hash(prompt) < self.validation_fraction
             if not self._from_train(stage) or held_out == (stage == "validation"):
                 found = True
                 yield sample
         if not found:
             why = f" (data.validation_fraction is {self.validation_fraction})" if self._from_train(stage) else ""
-            raise ValueError(f"{source}: there is no usable row for {stage}{why}")
+            reasons = "".join(f"; {line}" for line in counted(tally))
+            raise ValueError(f"{source}: there is no usable row for {stage}{why}{reasons}")
+
+    def _counted(self, stage: Stage, rows: Iterator[Row]) -> Iterator[Row]:
+        for number, row in enumerate(rows, 1):
+            self.rows_read[stage] = number
+            yield row
 
     def _key(self, stage: Stage) -> dict[str, Any]:
         source, split, limit = self._source(stage)
@@ -295,7 +303,7 @@ class TokenizedData(LightningDataModule, ABC):
 
     def _tokenised(self, stage: Stage, tokenizer: Tokenizer) -> Columns:
         def build(writer: ColumnWriter) -> None:
-            samples = self._samples(stage)
+            samples = self.samples(stage, writer.meta.setdefault("left_out", {}))
             while chunk := list(islice(samples, 1000)):
                 self.write(chunk, tokenizer, writer)
 
@@ -322,7 +330,7 @@ class TokenizedData(LightningDataModule, ABC):
             raise ValueError("data.tokenizer is not trained, and without data.train it cannot be; load a trained one")
 
         def build(writer: ColumnWriter) -> None:
-            tokenizer.train(text for sample in self._samples("train") for text in self.texts(sample))
+            tokenizer.train(text for sample in self.samples("train") for text in self.texts(sample))
             writer.append_record(tokenizer.to_dict())
 
         key = {**self._key("train"), "bpe": tokenizer.vocab_size}

@@ -16,12 +16,12 @@ A prompt or an answer is a string or a list of messages.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any, NamedTuple
 
 from lit_palm.data.conversations import Turn, as_messages, split_key, turn
+from lit_palm.data.readers.hh import SPEAKER, hh_messages, shared_turns
 from lit_palm.data.sources import Row, column
 from lit_palm.data.templates import Message
 
@@ -63,7 +63,9 @@ def groups(rows: Iterator[Row]) -> Iterator[Group]:
     Raises:
         ValueError: naming file, line and column.
     """
-    first = next(rows)
+    first = next(rows, None)
+    if first is None:  # a reader left them all out
+        return
     has = set(first.columns)
     rows = chain([first], rows)
     read: Callable[[Row], Group]
@@ -109,33 +111,21 @@ def _pair(row: Row, has_margin: bool) -> Group:
         Answer(chosen, rank=0, margin=margin, name="chosen"),
         Answer(rejected, rank=1, margin=margin, name="rejected"),
     ]
-    return Group(prompt, answers, split_key(prompt, chosen), row.where)
+    return Group(prompt, answers, row.group or split_key(prompt, chosen), row.where)
 
 
 def _split_dialogues(where: str, chosen: Turn, rejected: Turn) -> tuple[Turn, Turn, Turn]:
     """The prompt that two dialogues share, and how each goes on."""
     if isinstance(chosen, str) and isinstance(rejected, str):
-        if not (_SPEAKER.match(chosen) and _SPEAKER.match(rejected)):
+        if not (SPEAKER.match(chosen) and SPEAKER.match(rejected)):
             return "", chosen, rejected
-        chosen, rejected = _hh_messages(chosen), _hh_messages(rejected)
+        chosen, rejected = hh_messages(chosen), hh_messages(rejected)
     assert isinstance(chosen, list) and isinstance(rejected, list)
-    same = 0
-    while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
-        same += 1
+    same = shared_turns(chosen, rejected)
     for name, dialogue in (("chosen", chosen), ("rejected", rejected)):
         if dialogue[-1]["role"] != "assistant":
             raise ValueError(f"{where}: the dialogue {name!r} does not end with what the assistant said")
     return chosen[:same], chosen[same:], rejected[same:]
-
-
-_SPEAKER = re.compile(r"\s*(Human|Assistant): ?")
-_TURNS = re.compile(r"(?:\A|\n\n)\s*(Human|Assistant): ?")
-
-
-def _hh_messages(text: str) -> list[Message]:
-    _, *parts = _TURNS.split(text)
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[r], "content": c.strip()} for r, c in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def _ranking(row: Row) -> Group:
@@ -153,14 +143,14 @@ def _ranking(row: Row) -> Group:
     turns = [turn(Row(row.where, {"completions": answer}), "completions") for answer in answers]
     judged = enumerate(zip(turns, ranks, strict=True))
     ranked = [Answer(turn, rank=int(rank), name=f"completions[{i}]") for i, (turn, rank) in judged]
-    return Group(prompt, ranked, split_key(prompt, turns[0]), row.where)
+    return Group(prompt, ranked, row.group or split_key(prompt, turns[0]), row.where)
 
 
 def _rating(row: Row) -> Group:
     prompt: Turn = turn(row, "prompt") if row.columns.get("prompt") is not None else ""
     completion = turn(row, "text" if "text" in row.columns and "completion" not in row.columns else "completion")
     answer = Answer(completion, rating=_number(row, "rating"))
-    return Group(prompt, [answer], split_key(prompt, completion), row.where)
+    return Group(prompt, [answer], row.group or split_key(prompt, completion), row.where)
 
 
 def _feedback(row: Row) -> Group:

@@ -35,10 +35,14 @@ _HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?(:[\w.-]+)?$")
 
 
 class Row(NamedTuple):
-    """One row with the place it came from, for messages: "reviews.jsonl:12"."""
+    """One row with the place it came from, for messages: "reviews.jsonl:12".
+
+    Rows of one `group` stay on one side of `validation_fraction`; None: the prompt decides.
+    """
 
     where: str
     columns: dict[str, Any]
+    group: str | None = None
 
 
 def column(row: Row, name: str, kind: type | tuple[type, ...] = object) -> Any:
@@ -59,7 +63,7 @@ def column(row: Row, name: str, kind: type | tuple[type, ...] = object) -> Any:
 
 
 def read_rows(
-    source: str, split: str = "train", *, limit: int | None = None, text_unit: TextUnit = "line"
+    source: str, split: str = "train", *, limit: int | None = None, text_unit: TextUnit = "line", **hub: str
 ) -> Iterator[Row]:
     """The rows of a source, in order.
 
@@ -68,11 +72,12 @@ def read_rows(
         split: which split of a hub dataset; files have none.
         limit: stop after this many rows.
         text_unit: what is one row of a `.txt` file.
+        hub: what `load_dataset` is told of a hub dataset beside its name, such as `data_dir`.
 
     Raises:
         ValueError: when there is no such source, it is empty, or a line is not a JSON object; names file and line.
     """
-    rows = _read_all(source, split, text_unit)
+    rows = _read_all(source, split, text_unit, hub)
     empty = True
     for row in islice(rows, limit):
         empty = False
@@ -81,14 +86,14 @@ def read_rows(
         raise ValueError(f"{source}: there are no rows in it" + ("" if limit is None else f" (limit={limit})"))
 
 
-def _read_all(source: str, split: str, text_unit: TextUnit) -> Iterator[Row]:
+def _read_all(source: str, split: str, text_unit: TextUnit, hub: dict[str, str]) -> Iterator[Row]:
     files = _files(source)
     if files is None:
-        return _from_hub(source, split)
+        return _from_hub(source, split, hub)
     return (row for file in files for row in _from_file(file, split, text_unit))
 
 
-def source_fingerprint(source: str, split: str) -> str:
+def source_fingerprint(source: str, split: str, **hub: str) -> str:
     """Changes when the data may have changed: names, sizes and times of files, or the hub's revision.
 
     Raises:
@@ -96,7 +101,7 @@ def source_fingerprint(source: str, split: str) -> str:
     """
     files = _files(source)
     if files is None:
-        return f"{source}:{split}:{_load_hub(source, split)._fingerprint}"
+        return f"{source}:{split}:{_load_hub(source, split, hub)._fingerprint}"
     parts = []
     for name in files:
         fs, path = _open_fs(name)
@@ -283,17 +288,17 @@ def _from_saved(name: str, split: str) -> Iterator[Row]:
         yield Row(f"{name}, row {number}", dict(columns))
 
 
-def _from_hub(source: str, split: str) -> Iterator[Row]:
-    for number, columns in enumerate(_load_hub(source, split), 1):
+def _from_hub(source: str, split: str, hub: dict[str, str]) -> Iterator[Row]:
+    for number, columns in enumerate(_load_hub(source, split, hub), 1):
         yield Row(f"{source} ({split}), row {number}", dict(columns))
 
 
-def _load_hub(source: str, split: str) -> Any:
+def _load_hub(source: str, split: str, hub: dict[str, str] | None = None) -> Any:
     from datasets import load_dataset
 
     name, _, config = source.partition(":")
     try:
-        return load_dataset(name, config or None, split=split)
+        return load_dataset(name, config or None, split=split, **(hub or {}))
     except Exception as error:
         raise ValueError(
             f"{source}: there is no such file or folder, and the split {split!r} of a hub dataset of this name could"

@@ -197,9 +197,9 @@ class StreamingTextData(TextData):
 
     # ---- what the tokenizer is trained on, and evaluation data of a hub dataset
 
-    def _samples(self, stage: Stage) -> Iterator[Any]:
+    def samples(self, stage: Stage, left_out: dict[str, Any] | None = None) -> Iterator[Any]:
         if stage != "train":
-            yield from super()._samples(stage)
+            yield from super().samples(stage, left_out)
             return
         plan = self._plan()
         total = sum(mixed.weight for mixed in plan.sources)

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_palm.data.tokenizers import HFTokenizer
+from lit_palm.data.tokenizer_base import TOKENIZER_FILE
+from lit_palm.data.tokenizers import HFTokenizer, load_tokenizer
 from lit_palm.foreign.gguf_files import find_gguf, read_gguf
 from lit_palm.foreign.heads import Head, find_head
 from lit_palm.foreign.safetensors_files import SafetensorsFiles, index_of
@@ -83,6 +84,9 @@ def foreign_weights(path: str) -> Mapping[str, Tensor]:
         return Renamed(read_gguf(gguf).weights(), {}, f"networks.{role}.lm.")
     files = SafetensorsFiles(index_of(place))
     head = find_head(files, str(place)) if role == "reward" else None
+    if head is not None:
+        own = (_config_json(place) or {}).get("lit_palm") or {}
+        head.constant = float(own.get("score_bias", 0.0))
     below = f"networks.{role}.trunk.lm." if head else f"networks.{role}.lm."
     names = rename(config, files, below_head=head is not None)
     trunk: Mapping[str, Tensor] = files
@@ -177,6 +181,8 @@ def _network_config(folder: Path) -> HuggingFaceConfig:
 
 def _tokenizer(folder: Path) -> dict[str, Any] | None:
     """What a checkpoint would carry of the folder's tokeniser; None when there is none."""
+    if (folder / TOKENIZER_FILE).exists():  # exported by us: exactly the one that the network was trained with
+        return load_tokenizer(str(folder)).to_dict()
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
     if not any((folder / name).exists() for name in names):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -61,6 +62,8 @@ class GGUFFile:
             reader = GGUFReader(path)
             field: Any = reader.fields["general.architecture"]
             self.architecture = str(field.contents())
+            listed: Any = reader.fields.get("tokenizer.ggml.tokens")
+            self.num_tokens = len(listed.data) if listed is not None else 0
         except Exception as error:  # the reader raises whatever it stumbles over
             why = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(f"{path}: is cut short, or no GGUF file that can be read ({why})") from error
@@ -85,7 +88,7 @@ class GGUFFile:
         from transformers import AutoTokenizer
 
         loaded = self._read(lambda: AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name))
-        return HFTokenizer.from_transformers(loaded, self.path.name).to_dict()
+        return _without_additions(HFTokenizer.from_transformers(loaded, self.path.name).to_dict(), self.num_tokens)
 
     def weights(self) -> Mapping[str, Tensor]:
         """The weights in float32, by their names in a model of `transformers`."""
@@ -100,3 +103,24 @@ class GGUFFile:
                 f"{self.path}: a GGUF file of the architecture {self.architecture!r} that transformers cannot read "
                 f"({why}): use the model's safetensors folder"
             ) from error
+
+
+def _without_additions(tokenizer: dict[str, Any], num_tokens: int) -> dict[str, Any]:
+    """A tokeniser without the tokens that its class in `transformers` adds to those of the file.
+
+    The network has no weights for them.
+    """
+    data = json.loads(tokenizer["json"])
+    added = data["added_tokens"]
+    beyond = {token["content"] for token in added if token["id"] >= num_tokens}
+    if not beyond or tokenizer["eos_token"] in beyond:
+        return tokenizer
+    data["added_tokens"] = [token for token in added if token["content"] not in beyond]
+    if data["model"].get("unk_token") in beyond:
+        data["model"]["unk_token"] = None
+    pad = tokenizer["pad_token"]
+    if pad in beyond:
+        pad = next(text for text in data["model"]["vocab"] if text != tokenizer["eos_token"])
+    bos = None if tokenizer["bos_token"] in beyond else tokenizer["bos_token"]
+    bos_text = "" if tokenizer["bos_text"] in beyond else tokenizer["bos_text"]
+    return tokenizer | {"json": json.dumps(data), "pad_token": pad, "bos_token": bos, "bos_text": bos_text}

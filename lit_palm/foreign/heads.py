@@ -25,11 +25,14 @@ class Head:
     files: Mapping[str, Tensor]
     weight: str
     bias: str | None
+    constant: float = 0.0
+    """Added to the score; what a folder that was exported here says, whose layout has no bias."""
 
     def tensors(self) -> dict[str, Tensor]:
         """What a `ScalarNetwork` keeps beside its trunk."""
         weight = self.files[self.weight]
         bias = self.files[self.bias].reshape(1) if self.bias else torch.zeros(1, dtype=weight.dtype)
+        bias = bias + self.constant
         # a scalar network computes with float32 buffers
         return {"head.weight": weight, "head.bias": bias, "offset": torch.zeros(()), "scale": torch.ones(())}
 

@@ -46,6 +46,12 @@ class NetworkConfig(ABC):
     d_model: int
     """Width of the hidden states."""
 
+    @property
+    def starts(self) -> dict[str, str]:
+        """Checkpoints that parts of a new network start as, by what the names of their weights begin with: of a
+        network around a trained one `{"base.": path}`. The other weights are fresh. The first brings the tokeniser."""
+        return {}
+
     @abstractmethod
     def build(self) -> Network:
         """Make the network with freshly initialised weights on the current default device and dtype.
@@ -65,6 +71,18 @@ class Cache(ABC):
     def select(self, rows: Tensor) -> None:
         """Keep the given rows ([B'] long), in the given order, repeats allowed; in place."""
 
+    def join(self, other: Cache) -> None:
+        """Append the rows of another cache of the same network; the shorter of both is padded on the left.
+
+        Padding is masked, and every row goes on at its own position. The other cache is not to be used afterwards.
+        Continuous batching needs this and `trim`; an engine that keeps its rows together does not.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not take rows in while decoding: it has no join")
+
+    def trim(self, count: int) -> None:
+        """Drop the first `count` slots, which are padding in every row."""
+        raise NotImplementedError(f"{type(self).__name__} does not take rows in while decoding: it has no trim")
+
 
 class Network(nn.Module, ABC):
     """A causal language model.
@@ -80,6 +98,23 @@ class Network(nn.Module, ABC):
 
     lora_targets: ClassVar[Sequence[str] | None] = None
     """Names of the linear layers that LoRA adapts unless told otherwise; None: what is usual, or all of them."""
+
+    @property
+    def extras(self) -> frozenset[str]:
+        """Names of the [B, T] tensors that it can give beside what a head gives, about the tokens that the head is
+        about: those that `TokenLogProbs.extras` names are added to its result."""
+        return frozenset()
+
+    def follow(self, before: int, now: int) -> None:
+        """Move what follows the trained weights, such as an averaged copy of some of them.
+
+        Called between steps, before the next batch, with gradients off. A checkpoint holds what comes before, and the
+        number of steps it knows of, so that a resumed run moves it all the same.
+
+        Args:
+            before: optimiser steps at the last call; 0 at first.
+            now: optimiser steps taken.
+        """
 
     @abstractmethod
     def forward(
@@ -131,6 +166,10 @@ class Network(nn.Module, ABC):
     def initial_std(self, name: str) -> float | None:
         """How a fresh weight is drawn: N(0, std^2); 0 gives zeros, None ones. For networks that come `in_parts`."""
         raise AssertionError("a network that comes in parts says how its weights are drawn")
+
+    def drawn_as(self, name: str) -> str:
+        """The name that a fresh weight is drawn under: one that is to start as a copy of another says that one's."""
+        return name
 
 
 class ScalarNetwork(nn.Module):

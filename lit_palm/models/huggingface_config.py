@@ -152,6 +152,14 @@ def _model_class(config: Any) -> Any:
 def plain_architecture(config: Any) -> dict[str, Any]:
     """What of a configuration object of `transformers` differs from its defaults, as plain data."""
     plain: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
-    for key in ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "quantization_config"):
+    for key in (
+        "transformers_version",
+        "_name_or_path",
+        "dtype",
+        "torch_dtype",
+        "use_cache",
+        "quantization_config",
+        "lit_palm",
+    ):
         plain.pop(key, None)
     return plain | {"model_type": config.model_type, "vocab_size": config.get_text_config(decoder=True).vocab_size}

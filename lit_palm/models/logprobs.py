@@ -9,6 +9,7 @@ vocabulary, one chunk of rows at a time, and gives log-probabilities, and entrop
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class TokenLogProbs:
         max_elements: largest number of logits alive at once; a smaller batch is projected in one piece.
         source: [B, T] long, where in the hidden states, flattened over rows and tokens, each token is predicted from;
             None: one token earlier, of a network that ran on `targets`.
+        extras: names of what the network is to add to the result, of those in its own `extras`.
 
     Calling it gives a dict of [B, T] tensors in float32 (float64 for a float64 network), in nats: "logps", and
     "entropy" and "log_z" when asked for; zero where nothing was selected. Gradients flow to all three:
@@ -46,6 +48,7 @@ class TokenLogProbs:
         log_z: bool = False,
         max_elements: int = 2**24,
         source: Tensor | None = None,
+        extras: Collection[str] = (),
     ) -> None:
         assert temperature > 0, "log-probabilities need a temperature above 0"
         assert select is None or select.shape == targets.shape
@@ -56,17 +59,14 @@ class TokenLogProbs:
         self.entropy = entropy
         self.log_z = log_z
         self.max_elements = max_elements
+        self.extras = frozenset(extras)
 
     def __call__(self, hidden: Tensor, weight: Tensor, logit_scale: float) -> dict[str, Tensor]:
         """Run the head; see `lit_palm.models.base.Head`."""
         rows, width = self.targets.shape
         assert self.source is not None or hidden.shape[:2] == self.targets.shape, "targets: what the network ran on"
         flat = hidden.flatten(0, 1)
-        if self.select is None:
-            place = torch.arange(rows * width, device=hidden.device).view(rows, width)[:, 1:].reshape(-1)
-        else:
-            place = F.pad(self.select[:, 1:], (1, 0)).reshape(-1).nonzero().squeeze(-1)
-        before = place - 1 if self.source is None else self.source.reshape(-1)[place]
+        place, before = self.places()
         picked = flat.index_select(0, before) * (logit_scale / self.temperature)
         device_type = hidden.device.type
         if torch.is_autocast_enabled(device_type):
@@ -83,6 +83,17 @@ class TokenLogProbs:
             name: value.new_zeros(rows * width).index_copy(0, place, value).view(rows, width)
             for name, value in zip(names, results, strict=True)
         }
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Where the selected tokens stand in the targets, flattened over rows and tokens, and where in the hidden
+        states, flattened alike, each is predicted from: [N] long each."""
+        rows, width = self.targets.shape
+        if self.select is None:
+            every = torch.arange(rows * width, device=self.targets.device)
+            place = every.view(rows, width)[:, 1:].reshape(-1)
+        else:
+            place = F.pad(self.select[:, 1:], (1, 0)).reshape(-1).nonzero().squeeze(-1)
+        return place, place - 1 if self.source is None else self.source.reshape(-1)[place]
 
 
 class _ChunkedLogProbs(torch.autograd.Function):

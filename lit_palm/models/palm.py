@@ -344,8 +344,10 @@ class PaLM(Network):
         if isinstance(weight, DTensor):  # each process of a tensor-parallel group keeps some of the rows
             weight = weight.redistribute(placements=[Replicate() for _ in weight.placements]).to_local()
         x = F.embedding(tokens, weight)
-        if cache is not None and mask is not None:
-            cache.pad(mask, x.dtype)
+        if cache is not None:
+            cache.reserve(tokens.shape[1])
+            if mask is not None:
+                cache.pad(mask, x.dtype)
         rope = self.rope(tokens, mask, positions, cache)
         bias = self.attention_bias(x, mask, documents, prefixes, cache)
         for block in self.layers:
@@ -418,13 +420,14 @@ class PaLM(Network):
     ) -> Tensor | None:
         """What is added to the attention scores, [B, 1, T, S] of 0 and -inf; None for plain causal attention."""
         width, past = x.shape[1], cache.length if cache is not None else 0
+        kept = None if cache is None else cache.bias_of(past + width)
         if cache is not None and width == 1:
-            return None if cache.bias is None else cache.bias[:, None, None, : past + 1]
+            return None if kept is None else kept[:, None, None]
         if mask is None and documents is None and past == 0:
             return None
         seen = torch.ones(width, past + width, dtype=torch.bool, device=x.device).tril(past)[None]
-        if cache is not None and cache.bias is not None:
-            seen = seen & (cache.bias[:, None, : past + width] == 0)
+        if kept is not None:
+            seen = seen & (kept[:, None] == 0)
         elif mask is not None:
             seen = seen & mask[:, None, :]
         if documents is not None:

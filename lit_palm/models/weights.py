@@ -55,6 +55,7 @@ class Fresh(Source):
     def __init__(self, network: nn.Module, seed: int) -> None:
         self.network, self.seed = network, seed
         self.shapes = {name: tuple(tensor.shape) for name, tensor in named_weights(network)}
+        self.drawn_as = getattr(network, "drawn_as", str)
 
     def names(self) -> Iterable[str]:
         return self.shapes
@@ -67,7 +68,7 @@ class Fresh(Source):
         if std is None or std == 0.0:
             size = (stop - start, *shape[1:]) if shape else ()
             return torch.full(size, 1.0 if std is None else 0.0, device=_host())
-        return normal_rows(self.seed, name, shape, std, start, stop)
+        return normal_rows(self.seed, self.drawn_as(name), shape, std, start, stop)
 
 
 def fresh_seed() -> int:

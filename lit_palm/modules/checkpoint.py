@@ -106,7 +106,11 @@ def config_to_dict(config: NetworkConfig) -> dict[str, Any]:
     """A network's configuration as plain data: `{class_path, init_args}`."""
     assert dataclasses.is_dataclass(config), f"{type(config).__name__} must be a dataclass"
     cls = type(config)
-    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": dataclasses.asdict(config)}
+    own = dataclasses.asdict(config)
+    for name in own:  # a network around another one holds its configuration
+        inner = getattr(config, name)
+        own[name] = config_to_dict(inner) if isinstance(inner, NetworkConfig) else own[name]
+    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": own}
 
 
 def network_to_dict(network: nn.Module) -> dict[str, Any]:
@@ -134,9 +138,15 @@ def config_from_dict(data: dict[str, Any], where: str) -> NetworkConfig:
     if not (isinstance(cls, type) and issubclass(cls, NetworkConfig)):
         raise ValueError(f"{where}: {data['class_path']} is not a NetworkConfig; the file is not a lit_palm checkpoint")
     try:
-        return cls(**data.get("init_args", {}))
+        return cls(**{k: _inner(v, where) for k, v in data.get("init_args", {}).items()})
     except TypeError as error:
         raise ValueError(f"{where}: written by another version of {data['class_path']}: {error}") from error
+
+
+def _inner(value: Any, where: str) -> Any:
+    """An argument of a configuration, which may be the configuration of a network within it."""
+    nested = isinstance(value, dict) and value.keys() == {"class_path", "init_args"}
+    return config_from_dict(value, where) if nested else value
 
 
 def read_checkpoint(path: str | os.PathLike[str], header_only: bool = False) -> Checkpoint:
@@ -207,7 +217,8 @@ def read_config(path: str | os.PathLike[str]) -> NetworkConfig:
 def export_folder(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
     """Write the networks and tokeniser of a checkpoint as `config.json` and one safetensors file a network.
 
-    Of a checkpoint on disk one tensor at a time is in memory. `config.json` is written last.
+    Of a checkpoint on disk one tensor at a time is in memory. Adapters are merged into what they stand on.
+    `config.json` is written last.
 
     Raises:
         ValueError: as `read_checkpoint`.
@@ -215,11 +226,21 @@ def export_folder(path: str | os.PathLike[str], folder: str | os.PathLike[str]) 
     checkpoint = read_checkpoint(path, header_only=True)
     os.makedirs(folder, exist_ok=True)
     with open_weights(checkpoint.path) as weights:
-        for role in checkpoint.header["networks"]:
+        for role, entry in checkpoint.header["networks"].items():
+            if "lora" in entry:
+                from lit_palm.modules.whole import WholeWeights
+
+                merged = WholeWeights(path, role)
+                write_safetensors(os.path.join(folder, f"{role}.safetensors"), {name: name for name in merged}, merged)
+                continue
             prefix = f"networks.{role}."
             own = {name.removeprefix(prefix): name for name in weights if name.startswith(prefix)}
             write_safetensors(os.path.join(folder, f"{role}.safetensors"), own, weights)
     header = {k: checkpoint.header[k] for k in ("format", "version", "kind", "networks", "tokenizer")}
+    header["networks"] = {
+        role: {key: value for key, value in entry.items() if key != "lora"}
+        for role, entry in header["networks"].items()
+    }
     new = os.path.join(folder, ".config.json.tmp")
     with open(new, "w", encoding="utf-8") as file:
         json.dump(header, file, indent=2)

@@ -14,6 +14,7 @@ from lit_palm.objectives.base import Kind, Need, Objective
 from lit_palm.parallel.sharded import bare
 
 __all__ = [
+    "check_extras",
     "check_objective",
     "check_optimizer",
     "check_reference",
@@ -21,6 +22,7 @@ __all__ = [
     "check_rewards",
     "check_same_run",
     "config_of",
+    "language_model_of",
 ]
 
 MODULES: dict[str, str] = {"language_model": "LitLanguageModel", "reward": "LitRewardModel", "policy": "LitPolicy"}
@@ -100,12 +102,32 @@ def check_rewards(objective: Objective, names: list[str]) -> None:
         )
 
 
-def config_of(network: nn.Module) -> NetworkConfig:
-    """Configuration of a network, or of the trunk below its scalar head."""
+def check_extras(objective: Objective, network: nn.Module) -> None:
+    """Refuse a network that lacks what an objective reads beside log-probabilities.
+
+    Raises:
+        ValueError: naming both, and what is missing.
+    """
+    own = language_model_of(network)
+    missing = sorted(objective.extras - own.extras)
+    if missing:
+        raise ValueError(
+            f"{type(objective).__name__} reads {', '.join(missing)}, which {type(own.config).__name__} does not give: "
+            "name the network that this objective was written for as model.network"
+        )
+
+
+def language_model_of(network: nn.Module) -> Network:
+    """A network itself, or the trunk below its scalar head."""
     network = bare(network)
     trunk = network.trunk if isinstance(network, ScalarNetwork) else network
     assert isinstance(trunk, Network)
-    return trunk.config
+    return trunk
+
+
+def config_of(network: nn.Module) -> NetworkConfig:
+    """Configuration of a network, or of the trunk below its scalar head."""
+    return language_model_of(network).config
 
 
 def check_resumable(header: dict[str, Any] | None, own: dict[str, Any], networks: nn.ModuleDict) -> dict[str, Any]:

@@ -25,8 +25,15 @@ from lit_palm.models.base import NetworkConfig
 from lit_palm.models.lora import LoRA
 from lit_palm.models.weights import local
 from lit_palm.modules import restoring, resume
-from lit_palm.modules.checkpoint import FORMAT, load_checkpoint_tokenizer, network_to_dict, read_config
-from lit_palm.modules.compatibility import check_objective, check_resumable, check_same_run, config_of
+from lit_palm.modules.checkpoint import FORMAT, network_to_dict, read_checkpoint, read_config
+from lit_palm.modules.compatibility import (
+    check_extras,
+    check_objective,
+    check_resumable,
+    check_same_run,
+    config_of,
+    language_model_of,
+)
 from lit_palm.modules.finite import FiniteSteps
 from lit_palm.modules.means import Means
 from lit_palm.modules.origin import origin
@@ -61,6 +68,7 @@ class LitModule(SpreadModule):
         overrides: fields to change in the configuration of the checkpoint's network, such as `dropout`.
         sharding: how networks are spread where the Trainer's strategy spreads them.
         lora: train adapters beside frozen weights; None: all weights.
+        unfrozen_layers: train so many of the topmost blocks and what is above them; None: everything.
     """
 
     kind: ClassVar[Kind]
@@ -75,11 +83,14 @@ class LitModule(SpreadModule):
         overrides: dict[str, Any] | None = None,
         sharding: Sharding | None = None,
         lora: LoRA | None = None,
+        unfrozen_layers: int | None = None,
     ) -> None:
         super().__init__(sharding)
         if lora is not None:
             lora.check_installed()
-        self.lora = lora
+        if lora is not None and unfrozen_layers is not None:
+            raise ValueError("model.lora trains adapters and freezes all blocks: leave model.unfrozen_layers out")
+        self.lora, self.unfrozen_layers = lora, unfrozen_layers
         check_objective(objective, type(self).__name__, self.kind)
         self.network = network
         self.objective = objective
@@ -98,15 +109,18 @@ class LitModule(SpreadModule):
         self._seed: int | None = None
         self.run_config: dict[str, Any] | None = None
         self.step_weight, self.finite = StepWeight(), FiniteSteps()
+        self.followed = 0
+        """Optimiser steps after which everything has moved that follows trained weights."""
         self._frozen: frozenset[str] = frozenset()
         self._watched: dict[str, list[Tensor]] = {}
 
     # ------------------------------------------------------------------ set-up
 
     def load_tokenizer(self) -> Tokenizer | None:
-        """The tokeniser of the checkpoint that `network` names; None when the network starts from nothing."""
-        if self.tokenizer is None and isinstance(self.network, str):
-            self.tokenizer = load_checkpoint_tokenizer(self.network)
+        """The tokeniser of the checkpoint that `network` is or starts from; None when there is none."""
+        path = self.network if isinstance(self.network, str) else next(iter(self.network.starts.values()), None)
+        if self.tokenizer is None and path is not None:
+            self.tokenizer = read_checkpoint(path, header_only=True).tokenizer
         return self.tokenizer
 
     def setup(self, stage: str) -> None:
@@ -154,7 +168,14 @@ class LitModule(SpreadModule):
                 f"the network has {found.config.vocab_size} token ids, the tokeniser {self.tokenizer.vocab_size}: "
                 "leave model.network.init_args.vocab_size out to follow the tokeniser"
             )
+        found.unfrozen = self.unfrozen_layers
         return found
+
+    def configure_model(self) -> None:
+        """Build the networks (once), and see that they give what the objective reads."""
+        super().configure_model()
+        if self.kind != "reward":
+            check_extras(self.objective, self.networks["policy"])
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """One optimiser over all networks; the schedule advances by optimiser step."""
@@ -181,6 +202,17 @@ class LitModule(SpreadModule):
     def on_train_batch_start(self, batch: Experience, batch_idx: int) -> None:
         assert self._seed is not None
         resume.align(self.trainer, self._seed, self.layout.rank)
+        self.follow()
+
+    def follow(self) -> None:
+        """Let what follows trained weights move where it is due, before the next batch.
+
+        Not right after the step: a checkpoint that is saved there holds what comes before.
+        """
+        before, self.followed = self.followed, self.trainer.global_step
+        with torch.no_grad():
+            for network in self.networks.values():
+                language_model_of(network).follow(before, self.followed)
 
     def reset_step(self) -> None:
         self.step_weight, self._frozen, self._watched = StepWeight(), frozenset(), {}
@@ -291,6 +323,7 @@ class LitModule(SpreadModule):
             "num_tokens": int(self.num_tokens_seen),
             "seed": self._seed,
             "finite": self.finite.state_dict(),
+            "followed": self.followed,
             **origin(self),
         }
 
@@ -312,6 +345,7 @@ class LitModule(SpreadModule):
         self.num_tokens_seen = int(header["num_tokens"])
         self._seed = header.get("seed")
         self.finite.load_state_dict(header.get("finite", {}))
+        self.followed = int(header.get("followed", 0))
 
     # ------------------------------------------------------------------ helpers
 

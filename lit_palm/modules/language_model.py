@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any, ClassVar, cast
 
 import torch
@@ -28,18 +29,25 @@ __all__ = ["LitLanguageModel", "language_model_output"]
 
 
 def language_model_output(
-    network: nn.Module, batch: Experience, *, temperature: float = 1.0, entropy: bool = False, log_z: bool = False
-) -> dict[str, Tensor]:
+    network: nn.Module,
+    batch: Experience,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    log_z: bool = False,
+    extras: Collection[str] = (),
+) -> dict[str, Any]:
     """Log-probabilities (and more) of the tokens in `loss_mask`, chunked over the vocabulary; [B, T] each.
 
-    A prompt that several rows share is encoded once where that saves work.
+    What only this network gives, of which `extras` says the names, is in a dictionary `extra`. A prompt that several
+    rows share is encoded once where that saves work.
     """
     tokens, targets = batch["tokens"], batch["loss_mask"]
-    options: dict[str, Any] = {"temperature": temperature, "entropy": entropy, "log_z": log_z}
+    options: dict[str, Any] = {"temperature": temperature, "entropy": entropy, "log_z": log_z, "extras": extras}
     packed = None
     if "group" in batch and "documents" not in batch and _takes(network, tokens.shape[1]):
         packed = share_prompts(tokens, batch["mask"], targets, batch["group"])
-    result: dict[str, Tensor]
+    result: dict[str, Any]
     if packed is None:
         head = TokenLogProbs(tokens, targets, **options)
         result = network(tokens, positions=batch.get("positions"), documents=batch.get("documents"), head=head)
@@ -51,6 +59,8 @@ def language_model_output(
             prefixes=packed.prefixes,
             head=TokenLogProbs(tokens, targets, source=packed.source, **options),
         )
+    if extras:
+        result["extra"] = {name: result.pop(name) for name in extras}
     return result
 
 
@@ -79,6 +89,7 @@ class LitLanguageModel(LitModule):
         sharding: how networks are spread where the Trainer's strategy spreads them.
         lora: train an adapter beside frozen weights, which checkpoints then name instead of holding; None: train all
             weights.
+        unfrozen_layers: train so many of the topmost blocks and what is above them; None: everything.
     """
 
     kind: ClassVar[Kind] = "language_model"
@@ -96,9 +107,11 @@ class LitLanguageModel(LitModule):
         sample_seed: int = 0,
         sharding: Sharding | None = None,
         lora: LoRA | None = None,
+        unfrozen_layers: int | None = None,
     ) -> None:
         objective = objective or LanguageModeling()
-        super().__init__(network, objective, optimizer, scheduler, clip_per_network, overrides, sharding, lora)
+        options = clip_per_network, overrides, sharding, lora, unfrozen_layers
+        super().__init__(network, objective, optimizer, scheduler, *options)
         self.sample_prompts = sample_prompts or []
         self.sampling = sampling or Sampling()
         self.sample_seed = sample_seed
@@ -116,7 +129,8 @@ class LitLanguageModel(LitModule):
         return {"policy": self.make("policy", self.blueprint())}
 
     def _output(self, batch: Experience) -> Output:
-        return Output(**language_model_output(self.networks["policy"], batch, log_z="log_z" in self.objective.needs))
+        needs, extras = self.objective.needs, self.objective.extras
+        return Output(**language_model_output(self.networks["policy"], batch, log_z="log_z" in needs, extras=extras))
 
     def training_step(self, batch: Experience, batch_idx: int) -> Tensor:
         return self.account(self.loss_of(self._output(batch), batch), batch)

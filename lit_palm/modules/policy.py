@@ -67,6 +67,8 @@ class LitPolicy(LitModule):
         overrides: fields to change in the configuration of the checkpoint's network, such as `dropout`.
         sharding: how networks are spread where the Trainer's strategy spreads them, and what is kept off the device.
         lora: train adapters of policy and value on one frozen network, which is the reference too; None: all weights.
+        unfrozen_layers: train so many of the policy's topmost blocks and what is above them (of a value network that
+            starts as the policy too); None: everything.
     """
 
     kind: ClassVar[Kind] = "policy"
@@ -91,16 +93,17 @@ class LitPolicy(LitModule):
         reference_update: ReferenceUpdate | None = None,
         sharding: Sharding | None = None,
         lora: LoRA | None = None,
+        unfrozen_layers: int | None = None,
     ) -> None:
         objective = objective or PPO()
-        super().__init__(network, objective, optimizer, scheduler, clip_per_network, overrides, sharding, lora)
+        options = clip_per_network, overrides, sharding, lora, unfrozen_layers
+        super().__init__(network, objective, optimizer, scheduler, *options)
         self.rewards: list[Reward] = list(rewards or [])
         check_rewards(self.objective, [reward.name for reward in self.rewards])
         check_reference(self.objective, precompute_reference, reference_update is not None, lora is not None)
         self.reference, self.value, self.value_lr = reference, value, value_lr
         self.reference_update = reference_update
         self.precomputed = PrecomputedReference() if precompute_reference else None
-        self._reference_step = 0
         self.rollout = rollout or RolloutConfig()
         self.sampling = sampling or Sampling()
         if "rollouts" in self.objective.needs and self.sampling.temperature <= 0:
@@ -228,14 +231,11 @@ class LitPolicy(LitModule):
         self._place_frozen()
 
     def follow(self) -> None:
-        """Let the reference follow the policy where an update is due, before the next batch or collection.
-
-        Not right after the step: a checkpoint that is saved there holds what comes before the update.
-        """
-        step, update = self.trainer.global_step, self.reference_update
-        if update is not None and update.due(self._reference_step, step):
+        """Let the reference follow the policy too, where an update is due, before the next batch or collection."""
+        update = self.reference_update
+        if update is not None and update.due(self.followed, self.trainer.global_step):
             update.apply(self.networks["reference"], self.networks["policy"])
-        self._reference_step = step
+        super().follow()
 
     # ------------------------------------------------------------------ rollouts
 
@@ -297,7 +297,6 @@ class LitPolicy(LitModule):
 
     def on_train_batch_start(self, batch: Experience, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        self.follow()
         # the loader cannot log: what a collection found out is logged with its first minibatch
         if self.rollouts is not None:
             self.rollouts.fit_epoch()
@@ -317,6 +316,7 @@ class LitPolicy(LitModule):
                 temperature=self.sampling.temperature if "rollouts" in needs else 1.0,
                 entropy="entropy" in needs,
                 log_z="log_z" in needs,
+                extras=self.objective.extras,
             )
         )
         if "value" in needs:
@@ -381,11 +381,6 @@ class LitPolicy(LitModule):
     def header(self) -> dict[str, Any]:
         return super().header() | {"reference": self._reference_id, "engine_agrees": self.engine_agrees}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        if self.reference_update is not None:
-            checkpoint["reference_step"] = self._reference_step
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.starts_as_reference = False
@@ -395,4 +390,4 @@ class LitPolicy(LitModule):
                 "the frozen reference is not the one this run started with: name the same checkpoint as model.network "
                 "(or model.reference), and do not change that file while a run depends on it"
             )
-        self._reference_step = int(checkpoint.get("reference_step", 0))
+        self.followed = int(checkpoint.get("reference_step", self.followed))  # of earlier versions

@@ -55,6 +55,7 @@ class LitRewardModel(LitModule):
         sharding: how networks are spread where the Trainer's strategy spreads them.
         lora: train an adapter beside frozen weights, which checkpoints then name instead of holding; None: train all
             weights.
+        unfrozen_layers: train so many of the topmost blocks and what is above them; None: everything.
     """
 
     kind: ClassVar[Kind] = "reward"
@@ -72,9 +73,11 @@ class LitRewardModel(LitModule):
         pooling: Literal["last", "mean"] = "last",
         sharding: Sharding | None = None,
         lora: LoRA | None = None,
+        unfrozen_layers: int | None = None,
     ) -> None:
         objective = objective or RewardRanking()
-        super().__init__(network, objective, optimizer, scheduler, clip_per_network, overrides, sharding, lora)
+        options = clip_per_network, overrides, sharding, lora, unfrozen_layers
+        super().__init__(network, objective, optimizer, scheduler, *options)
         self.calibrate = calibrate
         self.pooling = pooling
         self._moments = RunningMoments()
@@ -87,6 +90,7 @@ class LitRewardModel(LitModule):
     def build_networks(self) -> dict[str, nn.Module] | Networks:
         if isinstance(self.network, str) and "reward" in read_checkpoint(self.network, True).header["networks"]:
             found = blueprint(self.network, "reward", self.overrides)
+            found.unfrozen = self.unfrozen_layers
         else:
             found = over(self.blueprint(), self.pooling)
         return one_role(self, "reward", found) if self.lora is not None else {"reward": self.make("reward", found)}

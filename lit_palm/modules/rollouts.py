@@ -18,7 +18,7 @@ from lit_palm.models.base import Network
 from lit_palm.modules.startup import check_first_ratio
 from lit_palm.rollout.collector import annotate, assemble, merge, prompt_order, take
 from lit_palm.rollout.loader import RolloutLoader
-from lit_palm.rollout.rewards import RewardBatch, total_reward
+from lit_palm.rollout.rewards import RewardBatch, reward_totals
 from lit_palm.rollout.sampling import row_seeds
 from lit_palm.types import Experience
 
@@ -284,7 +284,9 @@ def sample(
     )
     start = time.perf_counter()
     if module.rewards:
-        experience["scores"], experience["rewards"] = total_reward(module.rewards, batch)
+        experience["scores"], experience["rewards"], tokens = reward_totals(module.rewards, batch)
+        if tokens is not None:
+            experience["token_rewards"] = tokens
     seconds["time/score_s"] = time.perf_counter() - start
     return experience, batch, seconds
 

@@ -23,13 +23,16 @@ TYPES = {
 """Names of the types in the format."""
 
 
-def write_safetensors(path: str, names: Mapping[str, str], weights: Mapping[str, Tensor]) -> None:
+def write_safetensors(
+    path: str, names: Mapping[str, str], weights: Mapping[str, Tensor], shapes: Mapping[str, Tensor] | None = None
+) -> None:
     """Write tensors; the file appears when it is whole.
 
     Args:
         path: the file.
         names: name in the file -> key in `weights`.
-        weights: the tensors, which are asked for one by one, twice: for their shapes, and for their values.
+        weights: the tensors, which are asked for one by one: for their values, and for their shapes without `shapes`.
+        shapes: the same tensors without values, on the meta device, where making one takes long.
 
     Raises:
         ValueError: a tensor is of a type that the format does not know.
@@ -38,7 +41,7 @@ def write_safetensors(path: str, names: Mapping[str, str], weights: Mapping[str,
     place = 0
     entries = []
     for name in names:
-        tensor = weights[names[name]]
+        tensor = (weights if shapes is None else shapes)[names[name]]
         if tensor.dtype not in TYPES:
             raise ValueError(f"{path}: {name} is of type {tensor.dtype}, which safetensors files cannot hold")
         entries.append((-tensor.element_size(), name, tensor.dtype, list(tensor.shape), tensor.nbytes))

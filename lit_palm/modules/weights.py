@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -81,19 +81,30 @@ class Below(Source):
         return self.source.rows(self.prefix + name, start, stop)
 
 
-class _Trunk(Source):
-    """A scalar network whose trunk is a language model's, with a fresh head."""
+class _Parts(Source):
+    """A network some parts of which come from elsewhere: a scalar network whose trunk is a language model's.
 
-    def __init__(self, trunk: Source, head: Source, dropped: frozenset[str]) -> None:
-        self.trunk, self.head, self.dropped = trunk, head, dropped
+    Args:
+        parts: their sources, by what the names of their weights begin with.
+        rest: has all weights, of which those of the parts are not asked for.
+        dropped: names of weights of parts that this network does without.
+    """
+
+    def __init__(self, parts: dict[str, Source], rest: Source, dropped: Collection[str] = ()) -> None:
+        self.parts, self.rest, self.dropped = parts, rest, dropped
 
     def _of(self, name: str) -> tuple[Source, str]:
-        below = name.startswith("trunk.")
-        return (self.trunk, name.removeprefix("trunk.")) if below else (self.head, name)
+        start = self.start_of(name)
+        return (self.rest, name) if start is None else (self.parts[start], name.removeprefix(start))
+
+    def start_of(self, name: str) -> str | None:
+        """What the names of the part begin with that a weight belongs to; None: to none."""
+        return next((start for start in self.parts if name.startswith(start)), None)
 
     def names(self) -> Iterable[str]:
-        head = (name for name in self.head.names() if not name.startswith("trunk."))
-        return [*(f"trunk.{name}" for name in self.trunk.names() if name not in self.dropped), *head]
+        theirs = (f"{start}{name}" for start, source in self.parts.items() for name in source.names())
+        theirs = (name for name in theirs if name not in self.dropped)
+        return [*theirs, *(name for name in self.rest.names() if self.start_of(name) is None)]
 
     def shape(self, name: str) -> Sequence[int]:
         source, inner = self._of(name)
@@ -118,6 +129,7 @@ class Blueprint:
         headless: a language model without the weights that only logits need, as below a scalar head.
         role: what the network is in the checkpoint that `where` names.
         adapted: the frozen network and the adapter that `stored` puts together, of a checkpoint of LoRA.
+        unfrozen: blocks that are trained, of the topmost; None: all.
     """
 
     config: NetworkConfig
@@ -129,6 +141,7 @@ class Blueprint:
     headless: bool = False
     role: str | None = None
     adapted: Adapted | None = None
+    unfrozen: int | None = None
 
     def structure(self) -> nn.Module:
         """The network on the current device, with weights that mean nothing."""
@@ -137,6 +150,8 @@ class Blueprint:
             network = self.config.build()
             if self.headless:
                 network.drop_output()
+            if self.unfrozen is not None:
+                freeze_below(network, self.unfrozen)
             return network if self.pooling is None else ScalarNetwork(network, self.pooling)
 
     @cached_property
@@ -149,7 +164,8 @@ class Blueprint:
     def in_parts(self) -> bool:
         """Whether a process can make its part alone."""
         trunk = self.empty.trunk if isinstance(self.empty, ScalarNetwork) else self.empty
-        return isinstance(trunk, Network) and (trunk.in_parts or (self.stored is not None and trunk.loads_in_parts))
+        loaded = self.stored is not None or (self.pooling is None and bool(self.config.starts))
+        return isinstance(trunk, Network) and (trunk.in_parts or (loaded and trunk.loads_in_parts))
 
     @cached_property
     def source(self) -> Source:
@@ -158,15 +174,31 @@ class Blueprint:
         Raises:
             ValueError: those of the checkpoint do not fit the network.
         """
-        if self.pooling is None or (self.stored is not None and not self.trunk_only):
+        if self.stored is None and self.pooling is None and self.config.starts:
+            source: Source = _Parts(self._started(), Fresh(self.empty, self.seed))
+        elif self.pooling is None or (self.stored is not None and not self.trunk_only):
             source = self.stored or Fresh(self.empty, self.seed)
         else:
             assert isinstance(self.empty, ScalarNetwork)
             # named as the language model's own: a value network starts with the policy's weights
             trunk = self.stored or Fresh(self.empty.trunk, self.seed)
-            source = _Trunk(trunk, Fresh(self.empty, self.seed), self.empty.dropped)
+            dropped = [f"trunk.{name}" for name in self.empty.dropped]
+            source = _Parts({"trunk.": trunk}, Fresh(self.empty, self.seed), dropped)
         check_fit(self.empty, source, self.where)
         return source
+
+    def _started(self) -> dict[str, Source]:
+        """The parts of a new network that start as those of checkpoints.
+
+        Raises:
+            ValueError: a checkpoint holds no language model.
+        """
+        found: dict[str, Source] = {}
+        for start, path in self.config.starts.items():
+            inner = blueprint(path)
+            assert inner.stored is not None
+            found[start] = inner.stored
+        return found
 
     def whole(self) -> nn.Module:
         """Make the network as one, on the current device."""
@@ -174,6 +206,9 @@ class Blueprint:
             network = self.structure()
             if self.stored is not None:
                 fill(network, self.source)
+            elif isinstance(self.source, _Parts) and self.pooling is None:  # what is fresh has been drawn
+                parts = self.source
+                fill(network, parts, only=[name for name in parts.names() if parts.start_of(name) is not None])
             return network
         source = self.source  # refuses what does not fit before any memory is taken
         device = torch.get_default_device()
@@ -221,6 +256,22 @@ def blueprint(
     else:
         found.stored = Stored(checkpoint.path, there)
     return found
+
+
+def freeze_below(network: Network, count: int) -> None:
+    """Train nothing below the topmost `count` blocks: neither the other blocks nor embeddings, to which a tied output
+    weight belongs. What stands above the blocks is trained in any case.
+
+    Raises:
+        ValueError: there are fewer blocks.
+    """
+    blocks = network.blocks()
+    if not 0 <= count <= len(blocks):
+        raise ValueError(
+            f"model.unfrozen_layers is {count}: choose from 0 to the network's {len(blocks)} blocks, or null"
+        )
+    for module in [*blocks[: len(blocks) - count], *(m for m in network.modules() if isinstance(m, nn.Embedding))]:
+        module.requires_grad_(False)
 
 
 def over(trunk: Blueprint, pooling: Literal["last", "mean"] = "last") -> Blueprint:

@@ -50,6 +50,12 @@ class Objective(ABC):
         value network), `reward` (scores), `entropy` and `log_z` (in the output)."""
         return frozenset()
 
+    @property
+    def extras(self) -> frozenset[str]:
+        """Names of what the network must give beside log-probabilities, in `output.extra`: for objectives that come
+        with a network of their own, whose `Network.extras` has them."""
+        return frozenset()
+
     def accept(self, experience: Experience) -> Tensor | None:
         """Which sampled rows may enter the collection, before `prepare`; others are replaced by new prompts.
 

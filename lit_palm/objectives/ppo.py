@@ -42,8 +42,8 @@ class PPO(Objective):
         kl_target: nats a completion; beta is adapted so that the divergence stays near it (Ziegler et al. 2019).
         kl_horizon: completions over which beta adapts.
         entropy_coef: reward for the entropy of the policy, in the loss.
-        scale_reward: divide scores by the standard deviation of all scores so far (`running`), by that of the first
-            collection (`ref`), or not at all (`none`).
+        scale_reward: divide scores, and what rewards say of single tokens, by the standard deviation of all scores so
+            far (`running`), by that of the first collection (`ref`), or not at all (`none`).
         center_reward: also subtract the mean of the same scores.
         clip_reward: scores are clipped to +- this after scaling.
         missing_eos_penalty: subtracted from the score of a completion that did not end by itself.
@@ -136,13 +136,22 @@ class PPO(Objective):
         if self.scale_reward != "none":
             if self.center_reward:
                 scores = scores - self.moments.mean
-            scores = scores / max(self.moments.std, 1e-8)
+            scores = scores / self.score_scale
         if self.clip_reward is not None:
             scores = scores.clamp(-self.clip_reward, self.clip_reward)
         return scores - self.missing_eos_penalty * (~ended).to(scores.dtype)
 
+    @property
+    def score_scale(self) -> float:
+        """What scores are divided by."""
+        return 1.0 if self.scale_reward == "none" else max(self.moments.std, 1e-8)
+
     def prepare(self, experience: Experience) -> Experience:
-        """Add `advantages`, `returns` [B, T] and the `objective/*` metrics; adapt the KL coefficient."""
+        """Add `advantages`, `returns` [B, T] and the `objective/*` metrics; adapt the KL coefficient.
+
+        Where rewards speak of single tokens (`token_rewards`), each token gets its own; the last one gets the rest of
+        the completion's score, as it was shaped.
+        """
         mask = experience["loss_mask"]
         old_logps = experience["old_logps"]
         scores = self.shape_scores(experience["scores"], experience["ended"])
@@ -154,7 +163,12 @@ class PPO(Objective):
                 rewards = -self.kl_coef * kl
         non_score = rewards.sum(1)
         last = (mask * torch.arange(mask.shape[1])).argmax(1)
-        rewards[torch.arange(len(rewards)), last] += scores
+        remaining = scores
+        if "token_rewards" in experience:
+            earlier = mask & (torch.arange(mask.shape[1]) < last[:, None])
+            dense = torch.where(earlier, experience["token_rewards"] / self.score_scale, 0)
+            rewards, remaining = rewards + dense, scores - dense.sum(1)
+        rewards[torch.arange(len(rewards)), last] += remaining
         advantages, returns = generalized_advantages(rewards, experience["values"], mask, self.gamma, self.lam)
         experience["returns"] = returns
         experience["advantages"] = masked_whiten(advantages, mask) if self.whiten_advantages else advantages

@@ -223,8 +223,9 @@ class _Tracing:
 
     def gradients(self, output: Output, batch: Experience) -> dict[Tensor, Tensor]:
         """Of the objective's loss for what the networks gave, computed for real: [B, T] is nothing beside a network."""
-        given = {name: value for name, value in vars(output).items() if value is not None}
-        real = Output(**{k: torch.randn(v.shape, requires_grad=v.requires_grad) for k, v in given.items()})
+        given = {name: value for name, value in vars(output).items() if isinstance(value, Tensor)}
+        drawn = {k: torch.randn(v.shape, requires_grad=v.requires_grad) for k, v in given.items()}
+        real = Output(**drawn)  # type: ignore[arg-type]
         loss = self.module.loss_of(real, batch).total
         total = loss if isinstance(loss, Tensor) else torch.stack(list(loss.values())).sum()
         total.backward()

@@ -12,6 +12,7 @@ import yaml
 
 from lit_palm.models.palm import PRESETS, PaLMConfig
 from lit_palm.plan.job import Job, NetworkShape, Precision, Sharding
+from lit_palm.plan.likeness import palm_like
 from lit_palm.plan.optimizers import optimizer_cost
 from lit_palm.plan.sizes import Wishes, argument, class_of, sizes, steps
 
@@ -149,15 +150,10 @@ def _main_config(module: LitModule, config: Any, wishes: Wishes) -> PaLMConfig:
             f"model.network names {module.network!r}, which does not exist yet: say what it will hold with --network "
             f"({', '.join(PRESETS)}, or a YAML file such as configs/palm/8b.yaml)"
         )
-    if not isinstance(found, PaLMConfig):
-        raise ValueError(
-            f"model.network is a {type(found).__name__}: the formulas of a plan are those of PaLM; say --network with "
-            "a PaLM of its size"
-        )
     if isinstance(module.network, str) and module.overrides:
         found = dataclasses.replace(found, **module.overrides)
     vocab = wishes.vocab_size or found.vocab_size or _vocab_of(config.data, wishes)
-    return dataclasses.replace(found, vocab_size=vocab)
+    return palm_like(dataclasses.replace(found, vocab_size=vocab), wishes.notes)
 
 
 def config_of_word(word: str) -> PaLMConfig:
@@ -234,9 +230,7 @@ def _of_checkpoint(path: str, what: str, main: PaLMConfig, wishes: Wishes) -> Pa
     if os.path.exists(path) or "://" in path:
         from lit_palm.modules.checkpoint import read_config
 
-        found = read_config(path)
-        if isinstance(found, PaLMConfig):
-            return found
+        return palm_like(read_config(path), wishes.notes)
     note = f"{what} ({path}, not there yet) is taken to be of the policy's size"
     if note not in wishes.notes:
         wishes.notes.append(note)

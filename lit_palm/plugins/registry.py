@@ -32,15 +32,20 @@ BUILTINS = {
         "RegexReward": "lit_palm.rollout.rewards.regex:RegexReward",
         "ExactMatch": "lit_palm.rollout.rewards.answers:ExactMatch",
         "NumericMatch": "lit_palm.rollout.rewards.numeric:NumericMatch",
+        "GSM8KAnswer": "lit_palm.rollout.rewards.gsm8k:GSM8KAnswer",
         "LengthPenalty": "lit_palm.rollout.rewards.penalties:LengthPenalty",
         "RepetitionPenalty": "lit_palm.rollout.rewards.penalties:RepetitionPenalty",
+        "SequenceClassifier": "lit_palm.rollout.rewards.classifier:SequenceClassifier",
         "Ensemble": "lit_palm.rollout.rewards.ensemble:Ensemble",
     },
     "lit_palm.networks": {
         "PaLMConfig": "lit_palm.models.palm:PaLMConfig",
         "HuggingFaceConfig": "lit_palm.models.huggingface_config:HuggingFaceConfig",
     },
-    "lit_palm.engines": {"CachedEngine": "lit_palm.rollout.engine:CachedEngine"},
+    "lit_palm.engines": {
+        "CachedEngine": "lit_palm.rollout.engine:CachedEngine",
+        "ContinuousEngine": "lit_palm.rollout.continuous_engine:ContinuousEngine",
+    },
 }
 """What lit_palm brings itself; a test compares it with the concrete classes that exist."""
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lit_palm.models.base import Network
 from lit_palm.models.kernels import last_logits
+from lit_palm.rollout.endings import NOT_FINITE, Ending
 from lit_palm.rollout.sampling import Sampling, filter_logits, sample, uniform
 from lit_palm.types import has_float64
 
@@ -136,8 +137,9 @@ class CachedEngine(Engine):
         try:
             for start in range(0, len(order), size):
                 part = order[start : start + size]
-                batch = _Batch(network, [prompts[i] for i in part], seeds[part], part, sampling, pad_id, eos_id)
-                batch.decode, batch.on_token = decode, on_token
+                batch = _Batch(
+                    network, [prompts[i] for i in part], seeds[part], part, sampling, pad_id, eos_id, decode, on_token
+                )
                 batch.run()
                 rows.update(zip(part, batch.results(), strict=True))
         finally:
@@ -158,9 +160,6 @@ _Row = tuple[Tensor, Tensor, str]
 class _Batch:
     """One batch of rows on its way. Tensors over `alive` rows shrink as rows finish; results stay in full size."""
 
-    decode: Callable[[list[int]], str] | None = None
-    on_token: Callable[[int, int], None] | None = None
-
     def __init__(
         self,
         network: Network,
@@ -170,7 +169,11 @@ class _Batch:
         sampling: Sampling,
         pad_id: int,
         eos_id: int | None,
+        decode: Callable[[list[int]], str] | None,
+        on_token: Callable[[int, int], None] | None,
     ) -> None:
+        self.on_token = on_token
+        self.endings = [Ending(sampling, eos_id, decode) for _ in prompts]
         self.network, self.sampling, self.pad_id, self.eos_id, self.names = network, sampling, pad_id, eos_id, names
         self.prompts = prompts
         self.device = next(network.parameters()).device
@@ -182,11 +185,8 @@ class _Batch:
         self.logps = torch.zeros(steps, num_rows, dtype=torch.float32, device=self.device)
         self.lengths = [steps] * num_rows
         self.reasons = ["length"] * num_rows
-        self.texts: list[list[int]] = [[] for _ in prompts]
         self.alive = list(range(num_rows))
         self.done = [False] * num_rows
-        # all that stop texts can reach back to: every token adds at least a byte, save special ones
-        self.tail = 8 + max((len(s.encode()) for s in sampling.stop), default=0)
 
     def run(self) -> None:
         """Read the prompts, then sample until every row has ended."""
@@ -232,6 +232,7 @@ class _Batch:
             logits = logits[rows]
             self.positions = None if self.positions is None else self.positions[rows]
             self.seen = None if self.seen is None else self.seen[rows]
+        self.counts = torch.zeros_like(logits) if self.sampling.counted else None
         return logits
 
     def next_positions(self) -> Tensor | None:
@@ -245,9 +246,9 @@ class _Batch:
         """One token a row and its log-probability: [B] long and [B] float."""
         sampling = self.sampling
         scaled = logits if sampling.temperature in (0.0, 1.0) else logits / sampling.temperature
-        allowed = filter_logits(logits, sampling, self.seen) if sampling.filtered else scaled
+        allowed = filter_logits(logits, sampling, self.seen, self.counts) if sampling.filtered else scaled
         if step < sampling.min_new_tokens and self.eos_id is not None:
-            allowed = filter_logits(self.without_eos(logits), sampling, self.seen)
+            allowed = filter_logits(self.without_eos(logits), sampling, self.seen, self.counts)
         peak = scaled.amax(1, keepdim=True)
         weights = (scaled - peak).exp_()
         norm = weights.sum(1)
@@ -259,6 +260,8 @@ class _Batch:
             tokens = sample(weights, self.uniforms[:, step])
         if self.seen is not None:
             self.seen[torch.arange(len(tokens), device=self.device), tokens] = True
+        if self.counts is not None:
+            self.counts.scatter_add_(1, tokens[:, None], torch.ones_like(self.counts[:, :1]))
         logps = (scaled.gather(1, tokens[:, None]) - peak).squeeze(1) - norm.log()
         return tokens, logps.float()
 
@@ -280,28 +283,10 @@ class _Batch:
                 continue
             if self.on_token is not None:
                 self.on_token(self.names[row], token)
-            reason = self.reason(row, token, step)
+            reason = self.endings[row](token, step)
             if reason:
                 self.done[row], self.reasons[row], self.lengths[row] = True, reason, step + 1
         return all(self.done)
-
-    def reason(self, row: int, token: int, step: int) -> str | None:
-        """Why the row ends with this token, if it does."""
-        if token == self.eos_id and step >= self.sampling.min_new_tokens:
-            return "eos"
-        if self.sampling.stop:
-            assert self.decode is not None
-            recent = self.texts[row]
-            recent.append(token)
-            del recent[: -self.tail]
-            if step + 1 < self.sampling.min_new_tokens:
-                return None
-            text = self.decode(recent)
-            before = len(self.decode(recent[:-1])) if self.sampling.min_new_tokens else 0
-            # a stop text that came too early to count is still in the tail: it must end within this token
-            if any(s in text and text.rfind(s) + len(s) > before for s in self.sampling.stop):
-                return "stop"
-        return None
 
     def compact(self, tokens: Tensor) -> Tensor:
         """Drop finished rows once they are half of the batch; the others' tokens."""
@@ -315,16 +300,14 @@ class _Batch:
         self.index, self.uniforms = self.index[rows], self.uniforms[kept]
         self.positions = None if self.positions is None else self.positions[rows]
         self.seen = None if self.seen is None else self.seen[rows]
+        self.counts = None if self.counts is None else self.counts[rows]
         return tokens[rows]
 
     def results(self) -> list[_Row]:
         """Completion, log-probabilities and finish reason of each row."""
         tokens, logps = self.tokens.t().cpu(), self.logps.t().cpu()
         if not bool(logps.isfinite().all()):
-            raise ValueError(
-                "the network gives logits that are not finite: its training has diverged; go back to an earlier "
-                "checkpoint and lower the learning rate"
-            )
+            raise ValueError(NOT_FINITE)
         return [
             (tokens[row, :n].clone(), logps[row, :n].clone(), reason)
             for row, (n, reason) in enumerate(zip(self.lengths, self.reasons, strict=True))

@@ -42,6 +42,10 @@ class Sampling:
     """Keep tokens at least this fraction as likely as the likeliest (Nguyen et al. 2024)."""
     repetition_penalty: float = 1.0
     """Above 1, makes tokens of the prompt and the completion so far less likely (Keskar et al. 2019)."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit for each time the completion has it so far (as in OpenAI's interface)."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of every token that the completion has so far."""
     stop: list[str] = field(default_factory=list)
     """Texts that end a completion; they stay at its end."""
     max_new_tokens: int = 64
@@ -57,6 +61,8 @@ class Sampling:
         need(self.temperature >= 0 and math.isfinite(self.temperature), "temperature", "use 0 (greedy) or more")
         need(self.top_k is None or self.top_k >= 1, "top_k", "use at least 1, or leave it out")
         need(self.top_p is None or 0 < self.top_p <= 1, "top_p", "use a number above 0 and up to 1, or leave it out")
+        for name in ("frequency_penalty", "presence_penalty"):
+            need(math.isfinite(getattr(self, name)), name, "use a finite number, 0 for none")
         need(self.min_p is None or 0 <= self.min_p <= 1, "min_p", "use a number from 0 to 1, or leave it out")
         need(self.repetition_penalty > 0, "repetition_penalty", "use a number above 0; 1 does nothing")
         need(not isinstance(self.stop, str), "stop", "give a list of texts, even for one")
@@ -70,17 +76,25 @@ class Sampling:
         return self.temperature == 0
 
     @property
+    def counted(self) -> bool:
+        """True when how often the completion has a token changes what is drawn."""
+        return self.frequency_penalty != 0 or self.presence_penalty != 0
+
+    @property
     def filtered(self) -> bool:
         """True when some tokens may never be drawn, or the penalty changes what is drawn."""
         return (
             self.top_k is not None
             or self.repetition_penalty != 1.0
+            or self.counted
             or (self.top_p is not None and self.top_p < 1)
             or (self.min_p is not None and self.min_p > 0)
         )
 
 
-def filter_logits(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
+def filter_logits(
+    logits: Tensor, sampling: Sampling, seen: Tensor | None = None, counts: Tensor | None = None
+) -> Tensor:
     """Logits to draw from: penalised, divided by the temperature, -inf where top-k, top-p or min-p exclude a token.
 
     Tokens as likely as the last one kept are kept too. A temperature of 0 divides by 1.
@@ -89,6 +103,7 @@ def filter_logits(logits: Tensor, sampling: Sampling, seen: Tensor | None = None
         logits: [B, V] float; not changed.
         sampling: the filters.
         seen: [B, V] bool, the tokens of the prompt and completion so far; only the repetition penalty reads it.
+        counts: [B, V] float, how often the completion has each token so far; only the other penalties read it.
 
     Returns:
         [B, V].
@@ -96,13 +111,15 @@ def filter_logits(logits: Tensor, sampling: Sampling, seen: Tensor | None = None
     if sampling.repetition_penalty != 1.0 and seen is not None:
         penalty = sampling.repetition_penalty
         logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+    if sampling.counted and counts is not None:
+        logits = logits - counts * sampling.frequency_penalty - (counts > 0) * sampling.presence_penalty
     if sampling.temperature not in (0.0, 1.0):
         logits = logits / sampling.temperature
     floor: Tensor | None = None  # [B, 1], the smallest logit that stays
     if sampling.top_k is not None and sampling.top_k < logits.shape[1]:
         floor = logits.topk(sampling.top_k).values[:, -1:]
     if sampling.top_p is not None and sampling.top_p < 1:
-        nucleus = _nucleus_floor(logits, sampling, floor)
+        nucleus = nucleus_floor(logits, sampling.top_p, floor)
         floor = nucleus if floor is None else torch.maximum(floor, nucleus)
     if sampling.min_p is not None and sampling.min_p > 0:
         likely = logits.amax(1, keepdim=True) + math.log(sampling.min_p)
@@ -110,9 +127,14 @@ def filter_logits(logits: Tensor, sampling: Sampling, seen: Tensor | None = None
     return logits if floor is None else logits.masked_fill(logits < floor, -math.inf)
 
 
-def _nucleus_floor(logits: Tensor, sampling: Sampling, floor: Tensor | None) -> Tensor:
-    """The logit of the last token that top-p keeps, [B, 1]; probabilities are those after top-k."""
-    assert sampling.top_p is not None
+def nucleus_floor(logits: Tensor, top_p: float | Tensor, floor: Tensor | None) -> Tensor:
+    """The logit of the last token that top-p keeps, [B, 1]; probabilities are those of the tokens at or above `floor`.
+
+    Args:
+        logits: [B, V].
+        top_p: for all rows, or [B, 1].
+        floor: [B, 1], the smallest logit that other filters keep; None: all.
+    """
     vocab_size = logits.shape[1]
     if floor is None:
         norm = logits.logsumexp(1, keepdim=True)
@@ -124,7 +146,7 @@ def _nucleus_floor(logits: Tensor, sampling: Sampling, floor: Tensor | None) -> 
         ranked = logits.topk(width).values
         probs = (ranked - norm).exp()
         above = probs.cumsum(1) - probs  # probability of the tokens ranked before this one
-        kept = above < sampling.top_p
+        kept = above < top_p
         if width == vocab_size or not bool(kept[:, -1].any()):
             # the likeliest token is always kept: nothing ranks above it (save when logits are not numbers)
             return ranked.gather(1, (kept.sum(1, keepdim=True) - 1).clamp_(min=0))

@@ -158,7 +158,8 @@ def tiny_output(objective: Objective, experience: Experience, *, seed: int = 0) 
     """What the networks would have computed: leaves with gradients, in the fields that the host fills.
 
     Log-probabilities scatter by about 0.2 nats around `old_logps` where a batch has them, and `ref_logps` by 0.3
-    around the policy's; entropy, log_z, values and ref_logps are there when needed only, scores for reward models.
+    around the policy's; entropy, log_z, values and ref_logps are there when needed only, scores for reward models;
+    what only the objective's own network gives is normal.
 
     Args:
         objective: says what it needs.
@@ -198,6 +199,9 @@ def tiny_output(objective: Objective, experience: Experience, *, seed: int = 0) 
             if value.dim() == 2:
                 value = torch.where(mask, value, 0)
             setattr(output, name, value.detach().requires_grad_())
+    if objective.extras:
+        drawn = {name: torch.where(mask, normal(*mask.shape), 0) for name in sorted(objective.extras)}
+        output.extra = {name: values.requires_grad_() for name, values in drawn.items()}
     return output
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lit_palm.objectives.base import Objective
-from lit_palm.testing.batches import LEAVES
 from lit_palm.types import Experience, Loss, Output
 
 __all__ = [
@@ -25,7 +24,9 @@ __all__ = [
     "evaluate",
     "garbled",
     "nested_alike",
+    "output_of",
     "partitions",
+    "tensors_of",
     "transformed",
     "widened",
     "with_filler",
@@ -116,7 +117,7 @@ def evaluate(
         for name, (value, count) in loss.metrics.items():
             pair = torch.stack([value.detach().double(), count.detach().double()])
             sums.metrics[name] = sums.metrics[name] + pair if name in sums.metrics else pair
-    leaves = {n: v for n in LEAVES if isinstance(v := getattr(output, n), Tensor) and v.requires_grad}
+    leaves = {n: v for n, v in tensors_of(output).items() if v.requires_grad}
     for term, total in sums.totals.items():
         assert total.requires_grad, (
             f"the loss{f' term {term!r}' if term else ''} has no gradient: compute it from the fields of the output, "
@@ -131,12 +132,22 @@ def evaluate(
 
 def cut(output: Output, rows: Tensor, width: int) -> Output:
     """The output's part for some rows, cut to a width; the graph stays."""
-    picked = {}
-    for place in fields(output):
-        value = getattr(output, place.name)
-        if value is not None:
-            picked[place.name] = value[rows][:, :width] if value.dim() == 2 else value[rows]
-    return Output(**picked)
+    named = tensors_of(output).items()
+    return output_of({name: value[rows][:, :width] if value.dim() == 2 else value[rows] for name, value in named})
+
+
+def tensors_of(output: Output) -> dict[str, Tensor]:
+    """What an output holds, by name; what only one network gives under `extra/NAME`."""
+    own = {place.name: getattr(output, place.name) for place in fields(output) if place.name != "extra"}
+    found = {name: value for name, value in own.items() if value is not None}
+    return found | {f"extra/{name}": value for name, value in (output.extra or {}).items()}
+
+
+def output_of(tensors: dict[str, Tensor]) -> Output:
+    """The output that holds what `tensors_of` gave."""
+    extra = {name.removeprefix("extra/"): value for name, value in tensors.items() if name.startswith("extra/")}
+    own: dict[str, Any] = {name: value for name, value in tensors.items() if "/" not in name}
+    return Output(**own, extra=extra or None)
 
 
 def alike(one: Any, other: Any, tolerance: float = TOLERANCE) -> bool:
@@ -208,12 +219,10 @@ def garbled(experience: Experience, garbage: float) -> Experience:
 def transformed(output: Output, change: Callable[[Tensor], Tensor]) -> Output:
     """The output with every per-token field changed, as fresh leaves."""
     changed = {}
-    for place in fields(output):
-        value = getattr(output, place.name)
-        if value is not None:
-            new = change(value.detach().clone()) if value.dim() == 2 else value.detach().clone()
-            changed[place.name] = new.requires_grad_(value.requires_grad)
-    return Output(**changed)
+    for name, value in tensors_of(output).items():
+        new = change(value.detach().clone()) if value.dim() == 2 else value.detach().clone()
+        changed[name] = new.requires_grad_(value.requires_grad)
+    return output_of(changed)
 
 
 def partitions(objective: Objective, experience: Experience) -> list[list[Tensor]]:
@@ -244,8 +253,7 @@ def with_filler(experience: Experience) -> Experience:
 def with_filler_output(output: Output) -> Output:
     """The networks' output for one more row, whose per-token fields are zero outside its (empty) `loss_mask`."""
     more = {}
-    for name, value in vars(output).items():
-        if value is not None:
-            row = torch.zeros_like(value[:1]) if value.dim() == 2 else value[:1]
-            more[name] = torch.cat([value, row]).detach().requires_grad_(value.requires_grad)
-    return Output(**more)
+    for name, value in tensors_of(output).items():
+        row = torch.zeros_like(value[:1]) if value.dim() == 2 else value[:1]
+        more[name] = torch.cat([value, row]).detach().requires_grad_(value.requires_grad)
+    return output_of(more)

@@ -29,6 +29,7 @@ from lit_palm.data.demonstrations import DemonstrationData
 from lit_palm.data.preferences import PreferenceData
 from lit_palm.data.prompts import PromptData
 from lit_palm.models.palm import PaLMConfig
+from lit_palm.modules.checkpoint import config_from_dict
 from lit_palm.modules.language_model import LitLanguageModel
 from lit_palm.modules.policy import LitPolicy
 from lit_palm.modules.reward_model import LitRewardModel
@@ -110,6 +111,8 @@ class Job:
         self.rollout = {**SETTINGS["rollout"], "completions_per_prompt": subject.completions_per_prompt}
         self.rollout.update(subject.rollout)
         self.kept = made.num_kept(self.rollout["num_prompts"], self.rollout["completions_per_prompt"])
+        own = {"class_path": class_path(PaLMConfig), "init_args": SETTINGS["network"]}
+        self.network: dict[str, Any] = subject.network or own
         self.has_reward = "reward" in made.needs or self.samples
 
     # ------------------------------------------------------------------ sizes
@@ -156,7 +159,7 @@ class Job:
             if self.samples:
                 options["rollout"] = RolloutConfig(**self.rollout_fields(ways, **rollout))
         return MODULES[self.kind](
-            network=PaLMConfig(**SETTINGS["network"]),
+            network=config_from_dict(self.network, "network of the test class"),
             objective=self.subject.make(self.factory),
             optimizer=functools.partial(torch.optim.SGD, **SETTINGS["optimizer"]),
             **options,
@@ -220,7 +223,7 @@ class Job:
             "model": {
                 "class_path": f"{module.__module__}.{module.__name__}",
                 "init_args": {
-                    "network": {"class_path": "PaLMConfig", "init_args": SETTINGS["network"]},
+                    "network": self.network,
                     "objective": {"class_path": self.objective_name(), "init_args": arguments},
                     "optimizer": {"class_path": "torch.optim.SGD", "init_args": SETTINGS["optimizer"]},
                     **options,

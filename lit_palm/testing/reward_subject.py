@@ -136,10 +136,12 @@ def made_of(value: Any) -> Any:
 
 
 def load_tiny(checkpoint: str, role: str) -> nn.Module:
-    """A scalar network with weights that the checkpoint's name alone decides."""
+    """A scalar network, or the language model that the role `policy` asks for, with weights that the checkpoint's name
+    alone decides."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(checkpoint.encode()))
-        return ScalarNetwork(tiny_network(max_length=256))
+        network = tiny_network(max_length=256)
+        return network if role == "policy" else ScalarNetwork(network)
 
 
 def class_and_arguments(reward: Any) -> tuple[type[Reward], dict[str, Any]]:

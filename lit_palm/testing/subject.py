@@ -35,6 +35,8 @@ class Subject:
         statistics: patterns of metrics that are statistics of a micro-batch (extremes, deviations) and not sums.
         installed: whether the class comes from an installed distribution and must have an entry point; None: found
             out. False for a variant that only tests use.
+        network: what `model.network` is in the runs, as `{class_path, init_args}`, of an objective that comes with a
+            network of its own; None: a PaLM of ten thousand parameters.
         module_options: further arguments of the LightningModule in the runs, as in YAML.
         data_options: further arguments of the data module in the runs, as in YAML.
         rollout: fields of `RolloutConfig` to set otherwise in the runs.
@@ -45,6 +47,7 @@ class Subject:
     ratio: ClassVar[str | None] = "val/ratio"
     statistics: ClassVar[tuple[str, ...]] = ("*min_*", "*max_*", "*/min", "*/max", "*_var", "*_std", "*/std", "*/var")
     installed: ClassVar[bool | None] = None
+    network: ClassVar[dict[str, Any] | None] = None
     module_options: ClassVar[dict[str, Any]] = {}
     data_options: ClassVar[dict[str, Any]] = {}
     rollout: ClassVar[dict[str, Any]] = {}

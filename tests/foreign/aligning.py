@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -96,8 +97,16 @@ def check_stage(stage: str, network: Path, data: Path, folder: Path) -> Path:
 
 @torch.no_grad()
 def check_export(checkpoint: Path, folder: Path, role: str) -> None:
-    """What is exported computes what the checkpoint does."""
+    """What is exported for `transformers` computes there, and read back here, what the checkpoint does."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
     assert main(["export", str(checkpoint), str(folder)]) == 0
     ids = torch.randint(5, 320, (2, 20), generator=torch.Generator().manual_seed(2))
-    one, other = (load_network(path, role).eval()(ids) for path in (checkpoint, folder))
-    assert torch.equal(one, other)
+    ours, back = (load_network(path, role).eval()(ids) for path in (checkpoint, folder))
+    assert torch.equal(ours, back)
+    if role == "policy":
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits, ours)
+    elif json.loads((folder / "config.json").read_text())["model_type"] != "cohere":  # which has no classifier there
+        classifier = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        scores = classifier(ids).logits[:, 0] + getattr(classifier.config, "lit_palm", {})["score_bias"]
+        assert (scores - ours[:, -1]).abs().max() < 1e-5  # the scale is folded into the weights

@@ -23,6 +23,8 @@ OBJECTIVES = [
     for path in sorted(ROOT.glob("plugins/*/pyproject.toml"))
     for entry in tomllib.loads(path.read_text())["project"]["entry-points"]["lit_palm.objectives"].values()
 ]
+OBJECTIVES = [name for name in OBJECTIVES if name != "lit_palm_ilql.ILQL"]
+"""Its package tests the one that comes with a network of its own."""
 SHORT = ("lit_palm_dpo.DPO", "lit_palm_grpo.GRPO", "lit_palm_rejection_sampling.RejectionSampling")
 WEIGHTS = 2e-4  # Adam's step where a gradient is no more than rounding
 

@@ -46,6 +46,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "offload": {"sharding": Sharding(offload=True)},
     "hybrid": {"sharding": Sharding(shard_size=2)},
     "recomputed": {"network": {"activation_checkpointing": True}},
+    "unfrozen": {"unfrozen_layers": 1},
     "deep": {"network": {"num_layers": 3}},
     "large": {"network": {"d_model": 512, "num_layers": 8, "num_heads": 8, "head_dim": 64}},
     "bf16": {},

@@ -1,7 +1,8 @@
-"""The cached engine against a loop that runs the whole sequence again for every token, one row at a time."""
+"""Both engines against a loop that runs the whole sequence again for every token, one row at a time."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import pytest
@@ -10,10 +11,18 @@ from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from lit_palm.models import PaLM, PaLMConfig, TokenLogProbs
-from lit_palm.rollout.engine import CachedEngine, Generation
+from lit_palm.rollout.continuous_engine import ContinuousEngine
+from lit_palm.rollout.engine import CachedEngine, Engine, Generation
 from lit_palm.rollout.sampling import Sampling, row_seeds, uniform
 
 VOCAB, EOS, PAD = 30, 1, 0
+Kind: type[Engine] = CachedEngine
+
+
+@pytest.fixture(params=[CachedEngine, ContinuousEngine], autouse=True)
+def _kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs with each engine."""
+    monkeypatch.setattr(sys.modules[__name__], "Kind", request.param)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +48,7 @@ def decode(ids: list[int]) -> str:
 
 
 def generate(network: PaLM, prompts: Sequence[Tensor], sampling: Sampling, **options: object) -> Generation:
-    engine = options.pop("engine", CachedEngine())
+    engine = options.pop("engine", None) or Kind()
     seeds = options.pop("seeds", row_seeds(0, 0, torch.arange(len(prompts))))
     return engine.generate(network, prompts, sampling, seeds, **{"pad_id": PAD, "eos_id": EOS, **options})
 
@@ -55,6 +64,8 @@ def slow(network: PaLM, prompt: Tensor, sampling: Sampling, seed: Tensor, eos_id
             logits[:, eos_id] = -torch.inf
         if sampling.repetition_penalty != 1:
             logits = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(context, logits)
+        for token in set(new):
+            logits[:, token] -= sampling.presence_penalty + new.count(token) * sampling.frequency_penalty
         if sampling.temperature == 0:
             token = int(logits.argmax())
         else:
@@ -79,6 +90,8 @@ SETTINGS = {
     "greedy_penalty": Sampling(max_new_tokens=20, repetition_penalty=1.5, temperature=0.0),
     "minimum": Sampling(max_new_tokens=20, min_new_tokens=15),
     "stops": Sampling(max_new_tokens=20, stop=["k", "ef", "z"]),
+    "frequency": Sampling(max_new_tokens=20, frequency_penalty=0.8),
+    "presence": Sampling(max_new_tokens=20, presence_penalty=1.5, frequency_penalty=-0.2, temperature=0.8, top_k=12),
 }
 
 
@@ -89,7 +102,7 @@ def test_same_tokens_as_without_cache_and_batch(network: PaLM, name: str, max_ba
     prompts = make_prompts(5, 1, 12, 5, 9, 2, 7, 12)
     prompts[3] = prompts[0]
     sampling, seeds = SETTINGS[name], row_seeds(7, 0, torch.arange(8))
-    engine = CachedEngine(max_batch_size)
+    engine = Kind(max_batch_size)
     got = generate(network, prompts, sampling, seeds=seeds, engine=engine, decode=decode)
     expected = [slow(network, p, sampling, s) for p, s in zip(prompts, seeds, strict=True)]
     assert [c.tolist() for c in got.completions] == expected
@@ -179,7 +192,7 @@ def test_tokens_are_streamed_in_order(network: PaLM) -> None:
         make_prompts(5, 1, 12, 5, 9, 2),
         SETTINGS["plain"],
         on_token=lambda row, token: heard.setdefault(row, []).append(token),
-        engine=CachedEngine(4),
+        engine=Kind(4),
     )
     assert heard == {row: c.tolist() for row, c in enumerate(got.completions)}
 
@@ -224,7 +237,7 @@ def test_bad_requests_name_the_prompt(network: PaLM) -> None:
     with pytest.raises(ValueError, match="decode"):
         generate(network, [good], SETTINGS["stops"])
     with pytest.raises(ValueError, match="max_batch_size"):
-        CachedEngine(0)
+        Kind(0)
     generate(network, make_prompts(44), SETTINGS["plain"])  # 44 + 20 is exactly max_length
 
 

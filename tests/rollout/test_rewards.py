@@ -175,7 +175,8 @@ BAD = {
     "text": (lambda **_: "abc", "returned a str"),
     "text inside": (lambda **_: ["1", "2", "3"], "returned '1' for completion 0"),
     "dictionary": (lambda **_: {0: 1.0, 1: 1.0, 2: 1.0}, "returned a dict"),
-    "nested": (lambda **_: [[0.0], [1.0], [2.0]], r"returned \[0.0\] for completion 0"),
+    "nested": (lambda **_: [[0.0] * 99, [1.0], [2.0]], r"returned 99 numbers for completion 0, which has \d+ tokens"),
+    "nested too deep": (lambda **_: [[[0.0]], [1.0], 2.0], r"returned \[\[0.0\]\] for completion 0"),
 }
 
 

@@ -26,6 +26,7 @@ REWARDS: list[dict[str, Any]] = [
     {"class_path": "RegexReward", "init_args": {"pattern": r"(?s)<b>\d+</b>", "match": 0.2, "max_count": 3}},
     {"class_path": "ExactMatch", "init_args": {"answer": "city", "ignore_case": True, "extract": "#### (.*)"}},
     {"class_path": "NumericMatch", "init_args": {"after": "####", "relative": 0.01, "weight": 2}},
+    {"class_path": "GSM8KAnswer", "init_args": {"check": "published", "format_match": 0.1}},
     {"class_path": "LengthPenalty", "init_args": {"max_length": 20, "unit": "character", "cap": None}},
     {"class_path": "RepetitionPenalty", "init_args": {"n": 2, "unit": "word"}},
     {
@@ -94,13 +95,14 @@ def test_every_reward_round_trips_through_the_command_line(
     assert isinstance(ensemble, Ensemble) and (ensemble.combine, ensemble.k) == ("lower_bound", 2.0)
     assert ensemble.logged == ["ensemble", "ensemble/a", "ensemble/b", "ensemble/regex_reward"]
     assert isinstance(rewards[4], NumericMatch) and rewards[4].after == "####" and rewards[4].weight == 2
-    assert len(list(every_reward(rewards))) == 11
+    assert len(list(every_reward(rewards))) == 12
 
     batch = texts(["<b>1</b> Rome #### 7", "so so so so"], city=["7", "b"], answer=[7, 7])
     total, values = total_reward(rewards[2:-1], batch)
     # the first is right, and 20 characters long; of three times "so so" two were said before
-    assert total.tolist() == pytest.approx([0.2 + 1 + 2, -2 / 3], abs=1e-6)  # float32
-    assert list(values) == ["regex_reward", "exact_match", "numeric_match", "length_penalty", "repetition_penalty"]
+    assert total.tolist() == pytest.approx([0.2 + 1 + 2 + 1.1, -2 / 3], abs=1e-6)  # float32
+    names = ["regex_reward", "exact_match", "numeric_match", "gsm8k_answer", "length_penalty", "repetition_penalty"]
+    assert list(values) == names
 
 
 def test_a_pattern_that_does_not_compile_is_one_line_with_its_key(

@@ -20,6 +20,7 @@ from lit_palm.plugins import discover
 from lit_palm.rollout.rewards import (
     Ensemble,
     ExactMatch,
+    GSM8KAnswer,
     LengthPenalty,
     NumericMatch,
     PythonReward,
@@ -63,6 +64,7 @@ BUILT_IN: list[Any] = [
     functools.partial(ExactMatch, extract=r"#### (.*)", ignore_case=True),
     functools.partial(NumericMatch, after="####", relative=0.1),
     functools.partial(NumericMatch, boxed=True, percent="share", match=2),
+    functools.partial(GSM8KAnswer, format_match=0.5),
     functools.partial(LengthPenalty, 10, min_length=3, cap=None),
     functools.partial(LengthPenalty, max_length=10, unit="character"),
     RepetitionPenalty,

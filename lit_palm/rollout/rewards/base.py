@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["NetworkLoader", "Reward", "RewardBatch", "Values", "every_reward", "require_finite"]
@@ -16,8 +17,10 @@ __all__ = ["NetworkLoader", "Reward", "RewardBatch", "Values", "every_reward", "
 NetworkLoader = Callable[[str, str], nn.Module]
 """load(checkpoint, role) -> network: `lit_palm.modules.weights.load_network`, or a test's own."""
 
-Values = Sequence[float] | Tensor
-"""One number for each of the B completions: a sequence of length B or a tensor [B]."""
+Values = Sequence[float] | Sequence[Sequence[float]] | Tensor
+"""One number for each of the B completions, a sequence of length B or a tensor [B]; or one for each of their tokens, a
+tensor [B, T] as `RewardBatch.tokens`, or B sequences as long as `RewardBatch.completion_ids`. The sum over a completion
+is then its score."""
 
 
 @dataclass
@@ -46,6 +49,13 @@ class RewardBatch:
 
     def __len__(self) -> int:
         return len(self.completions)
+
+    @property
+    def completion_mask(self) -> Tensor:
+        """[B, T] bool, True where a token belongs to the completion."""
+        start = torch.tensor([len(ids) for ids in self.prompt_ids], device=self.tokens.device)
+        place = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return self.mask & (place >= start[:, None])
 
 
 class Reward(ABC):
@@ -83,7 +93,12 @@ class Reward(ABC):
 
     @abstractmethod
     def __call__(self, batch: RewardBatch) -> Values:
-        """One finite number for each of the B completions: a sequence of length B or a tensor [B]."""
+        """One finite number for each of the B completions: a sequence of length B or a tensor [B].
+
+        Or one for each token (see `Values`), of a reward that knows what each was worth: what stands outside
+        the completion counts for nothing, and the sum over it is the completion's score. An objective that gives
+        credit to tokens (PPO) reads them all, others read the score.
+        """
 
     # ---- for rewards that are made of others
 

@@ -20,7 +20,8 @@ class PythonReward(Reward):
     """Scores completions with a Python function: fn(prompts=, completions=, prompt_ids=, completion_ids=, **columns).
 
     A function that takes only some of these, and has no `**kwargs`, gets those it names. It returns a list of B
-    numbers; a module next to where the command is run is found too.
+    numbers, or of B lists with a number for each of `completion_ids` (PPO then credits tokens); a module next to where
+    the command is run is found too.
 
     Args:
         function: "package.module.function", or the function itself.

@@ -7,6 +7,7 @@ Each name is an objective of its own, found by lit_palm through its entry point:
 """
 
 from lit_palm_grpo.grpo import GRPO
+from lit_palm_grpo.matching import TPO, FlowRL
 from lit_palm_grpo.variants import CISPO, DAPO, GSPO, RLOO, DrGRPO, ReinforcePlusPlus
 
-__all__ = ["CISPO", "DAPO", "GRPO", "GSPO", "RLOO", "DrGRPO", "ReinforcePlusPlus"]
+__all__ = ["CISPO", "DAPO", "GRPO", "GSPO", "RLOO", "TPO", "DrGRPO", "FlowRL", "ReinforcePlusPlus"]

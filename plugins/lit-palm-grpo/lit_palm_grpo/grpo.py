@@ -53,7 +53,8 @@ class GRPO(Objective):
         dual_clip: with a negative advantage the ratio counts as this much at most, which bounds the loss (Ye et al.
             2020; TRL's `delta`); more than 1 + clip_high.
         surrogate: `clip` is PPO's pessimistic minimum, under which a clipped token has no gradient; `cispo` multiplies
-            log-probabilities by the clipped ratio, itself without gradient, so that every token keeps one.
+            log-probabilities by the clipped ratio, itself without gradient, so that every token keeps one; `spo` (Xie
+            et al. 2024) is a parabola in the ratio, best at the bound, so that what went beyond comes back.
         importance_sampling_level: the ratio of each `token`; of the `sequence`, the geometric mean over its tokens
             (GSPO, equation 7); `sequence_token`, that value with the gradient of each token (GSPO, equation 14); or of
             the whole `trajectory`, the product over its tokens (RLOO).
@@ -152,10 +153,12 @@ class GRPO(Objective):
         if length is not None and cache is not None and cache > length:
             raise ValueError(f"overlong_cache {cache} is the last part of max_completion_length {length}: lower it")
         if self.dual_clip is not None:
-            if self.surrogate == "cispo":
-                raise ValueError("dual_clip bounds the clipped surrogate; cispo is bounded by clip_high")
+            if self.surrogate != "clip":
+                raise ValueError(f"dual_clip bounds the clipped surrogate; {self.surrogate} is bounded by clip_high")
             if not self.dual_clip > 1 + (self.clip_high or 0):
                 raise ValueError(f"dual_clip {self.dual_clip} must be more than 1 + clip_high; 3 is usual, null: none")
+        if self.surrogate == "spo" and (self.clip_low is None or self.clip_high is None):
+            raise ValueError("surrogate spo is a parabola between both bounds: set clip_low and clip_high")
         if not self.kl_coef:
             return
         if self.kl_in == "loss" and self.kl_estimator == "k1":

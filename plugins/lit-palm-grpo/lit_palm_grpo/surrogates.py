@@ -25,7 +25,7 @@ __all__ = [
 
 Aggregation = Literal["row", "token", "constant"]
 ImportanceLevel = Literal["token", "sequence", "sequence_token", "trajectory"]
-Surrogate = Literal["clip", "cispo"]
+Surrogate = Literal["clip", "cispo", "spo"]
 
 
 def importance_ratio(logps: Tensor, old_logps: Tensor, mask: Tensor, level: ImportanceLevel) -> Tensor:
@@ -64,13 +64,18 @@ def surrogate_loss(
         ratio: of `importance_ratio`.
         advantages: [B, T] or [B, 1].
         logps: for `cispo`, which learns from them rather than from the ratio.
-        kind: `clip` (Schulman et al. 2017, equation 7) or `cispo` (MiniMax 2025, equation 4).
+        kind: `clip` (Schulman et al. 2017, equation 7), `cispo` (MiniMax 2025, equation 4), or `spo` (Xie et al. 2024,
+            algorithm 1), a parabola whose top is at the upper bound, or the lower one where the advantage is negative.
         bounds: what the ratio is clipped to.
         dual_clip: most that the ratio counts where the advantage is negative (Ye et al. 2020, equation 5).
     """
     clipped = ratio.clamp(*bounds)
     if kind == "cispo":
         return -clipped.detach() * advantages * logps
+    if kind == "spo":
+        gains = (advantages > 0).to(advantages.dtype)
+        width = gains * (bounds[1] - 1) + (1 - gains) * (1 - bounds[0])
+        return -ratio * advantages + (ratio - 1).square() * advantages.abs() / (2 * width)
     if dual_clip is not None:
         ratio = torch.where(advantages < 0, ratio.clamp(max=dual_clip), ratio)
     return -torch.minimum(ratio * advantages, clipped * advantages)

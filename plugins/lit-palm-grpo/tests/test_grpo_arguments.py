@@ -8,7 +8,7 @@ from typing import Any
 
 import lit_palm_grpo
 import pytest
-from lit_palm_grpo import CISPO, DAPO, GRPO, GSPO, RLOO, DrGRPO, ReinforcePlusPlus
+from lit_palm_grpo import CISPO, DAPO, GRPO, GSPO, RLOO, TPO, DrGRPO, FlowRL, ReinforcePlusPlus
 
 from lit_palm import Objective
 
@@ -18,8 +18,9 @@ ARGUMENTS = list(inspect.signature(GRPO).parameters)
 
 def test_every_class_is_an_entry_point_of_its_own_name() -> None:
     found = {e.name: e for e in metadata.entry_points(group="lit_palm.objectives") if "lit_palm_grpo" in e.value}
-    assert set(found) == {v.__name__ for v in VARIANTS} == set(lit_palm_grpo.__all__)
-    for variant in VARIANTS:
+    classes = [*VARIANTS, TPO, FlowRL]
+    assert set(found) == {v.__name__ for v in classes} == set(lit_palm_grpo.__all__)
+    for variant in classes:
         assert found[variant.__name__].load() is variant
         assert issubclass(variant, Objective) and vars(variant)["API_VERSION"] == 1
         assert variant.grouped and variant.kind == "policy" and not variant().coupled

@@ -1,0 +1,347 @@
+"""Continuous batching: completions start while others are under way, and leave the batch the moment they end.
+
+    scheduler = Scheduler(network, pad_id=0, eos_id=1, max_batch_size=64)
+    handle = scheduler.submit(prompt, Sampling(max_new_tokens=40), seed=7, on_token=print)
+    while scheduler.step():     # one token for every row; others may submit and cancel in between
+        ...
+    handle.tokens, handle.logps, handle.finish_reason
+
+Every step feeds one token a row, reads the prompts of those that wait into a cache of their own, joins it to the
+batch's, and draws the next token of all rows at once, each by its own `Sampling`. Rows of different lengths share one
+left-padded cache; what is padding in every row is dropped. A completion depends on its prompt, its `Sampling` and its
+seed alone, never on who else is in the batch, and equals that of `CachedEngine`.
+
+A scheduler belongs to one thread.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_palm.models.base import Cache, Network
+from lit_palm.models.kernels import last_logits
+from lit_palm.rollout.endings import NOT_FINITE, Ending
+from lit_palm.rollout.engine import check_request
+from lit_palm.rollout.row_sampling import Draw, RowSampling
+from lit_palm.rollout.sampling import Sampling, uniform
+from lit_palm.types import has_float64
+
+__all__ = ["Handle", "QueueFull", "Scheduler", "Token"]
+
+
+class QueueFull(RuntimeError):
+    """Too many requests wait already."""
+
+
+class Token(NamedTuple):
+    """One sampled token."""
+
+    id: int
+    logp: float
+    """Its log-probability, as in `Generation.logps`."""
+    top: list[tuple[int, float]]
+    """The likeliest ids and their log-probabilities, so many as the request asked for."""
+
+
+@dataclass(eq=False)
+class Handle:
+    """One request and what has come of it so far."""
+
+    prompt: list[int]
+    sampling: Sampling
+    seed: int
+    num_top: int = 0
+    on_token: Callable[[Handle, Token], None] | None = None
+    on_end: Callable[[Handle], None] | None = None
+    tokens: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    finish_reason: str | None = None
+    """None while it waits or runs; then "eos", "stop", "length", "cancelled" or "error"."""
+    error: str | None = None
+    """Why it ended, when that was an error."""
+
+    @property
+    def width(self) -> int:
+        """Most slots of the cache that it can come to need."""
+        return len(self.prompt) + self.sampling.max_new_tokens
+
+    @property
+    def cached(self) -> int:
+        """Tokens of it in the cache: all but the last, which is fed next."""
+        return len(self.prompt) + len(self.tokens) - 1
+
+    def end(self, reason: str, error: str | None = None) -> None:
+        """Settle how it ended and tell who asked."""
+        self.finish_reason, self.error = reason, error
+        if self.on_end is not None:
+            self.on_end(self)
+
+
+class Scheduler:
+    """Keeps a batch of completions going that anyone may join and leave.
+
+    Args:
+        network: in evaluation mode; its cache must be able to `join` and `trim`.
+        pad_id: an id to fill shorter rows with; it is never attended to.
+        eos_id: the id that ends a completion; None: there is none.
+        decode: ids -> text; needed for stop texts.
+        max_batch_size: most rows at once; None: no limit.
+        max_queue: most requests that wait; None: no limit.
+        max_slots: most slots of the cache over all rows, rows times the longest; None: no limit beside the batch size
+            and the network's `max_length`. One request may always run.
+        prefill_tokens: most prompt tokens, padding included, that one step reads; rows that are under way wait for it.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        *,
+        pad_id: int,
+        eos_id: int | None,
+        decode: Callable[[list[int]], str] | None = None,
+        max_batch_size: int | None = None,
+        max_queue: int | None = None,
+        max_slots: int | None = None,
+        prefill_tokens: int = 4096,
+    ) -> None:
+        for name, value in (("max_batch_size", max_batch_size), ("max_slots", max_slots)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: use at least 1, or leave it out for no limit")
+        self.network, self.pad_id, self.eos_id, self.decode = network, pad_id, eos_id, decode
+        self.max_batch_size = math.inf if max_batch_size is None else max_batch_size
+        self.max_queue = math.inf if max_queue is None else max_queue
+        self.max_slots = math.inf if max_slots is None else max_slots
+        self.prefill_tokens = prefill_tokens
+        self.device = next(network.parameters()).device
+        self.waiting: deque[Handle] = deque()
+        self.rows: list[Handle] = []
+        self.joining: list[Handle] = []  # neither waiting nor running: their prompts are being read
+        self.endings: list[Ending] = []
+        self.cache: Cache | None = None
+        # tensors over the rows, made anew when rows have joined or left
+        self.stale = True
+        self.fed = self.positions = torch.zeros(0, dtype=torch.long, device=self.device)
+        self.seeds = self.steps = torch.zeros(0, dtype=torch.long)  # on the host: a few numbers
+        self.seen: Tensor | None = None
+        self.counts: Tensor | None = None
+        self.settings: RowSampling
+
+    # ------------------------------------------------------------------------------ from outside
+
+    def submit(
+        self,
+        prompt: Tensor | Sequence[int],
+        sampling: Sampling,
+        seed: int,
+        *,
+        num_top: int = 0,
+        on_token: Callable[[Handle, Token], None] | None = None,
+        on_end: Callable[[Handle], None] | None = None,
+    ) -> Handle:
+        """Ask for a completion; it starts at a coming step.
+
+        Args:
+            prompt: [n] token ids, n >= 1.
+            sampling: how to draw.
+            seed: what the randomness comes from.
+            num_top: for so many of the likeliest ids every token tells the log-probabilities.
+            on_token: called with every token, during `step`; what it raises comes out of `step`.
+            on_end: called once, when `finish_reason` is set; neither may call `step`.
+
+        Raises:
+            ValueError: what cannot be generated; see `Engine.generate`.
+            QueueFull: `max_queue` requests wait already.
+        """
+        ids = torch.as_tensor(prompt, dtype=torch.long)
+        check_request(self.network, [ids], sampling, self.decode)
+        if len(self.waiting) >= self.max_queue:
+            raise QueueFull(f"{len(self.waiting)} requests wait already")
+        handle = Handle(ids.tolist(), sampling, seed, num_top, on_token, on_end)
+        self.waiting.append(handle)
+        return handle
+
+    def cancel(self, handle: Handle) -> None:
+        """End a request now; its row is free for another at the next step. Nothing happens to one that has ended."""
+        if handle.finish_reason is None:
+            if handle in self.waiting:
+                self.waiting.remove(handle)
+            handle.end("cancelled")
+
+    def abort(self, error: str) -> None:
+        """End every row that is under way, as after a failure in the midst of a step; those that wait stay."""
+        lost = [*self.rows, *self.joining]
+        self.rows, self.joining, self.endings, self.cache, self.stale = [], [], [], None, True
+        for handle in lost:
+            if handle.finish_reason is None:
+                handle.end("error", error)
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """Draw one token for every row, those that join now included; False when nothing is left to do."""
+        self._retire()
+        logits = []
+        if self.rows:
+            if self.stale:
+                self._refresh()
+            positions = self.positions[:, None]
+            logits.append(self.network(self.fed[:, None], positions=positions, cache=self.cache, head=last_logits))
+        self.joining = self._admit()
+        if self.joining:
+            logits.append(self._read(self.joining))
+            self.joining = []
+            self._refresh()
+        if self.rows:
+            steps = [len(handle.tokens) for handle in self.rows]
+            uniforms = uniform(self.seeds, self.steps)
+            if has_float64(self.device):
+                uniforms = uniforms.to(self.device)
+            together = logits[0] if len(logits) == 1 else torch.cat(logits)
+            draw = self.settings.draw(together, uniforms, steps, self.seen, self.counts)
+            self._advance(draw)
+            self._report(draw)
+            self._retire()
+        return bool(self.rows or self.waiting)
+
+    # ------------------------------------------------------------------------------ rows come
+
+    def _admit(self) -> list[Handle]:
+        """Take those from the queue that there is room for, in their order."""
+        joining: list[Handle] = []
+        widest, longest = max((h.width for h in self.rows), default=0), 0
+        while self.waiting and len(self.rows) + len(joining) < self.max_batch_size:
+            handle = self.waiting[0]
+            widest, longest = max(widest, handle.width), max(longest, len(handle.prompt))
+            count = len(self.rows) + len(joining) + 1
+            if count > 1 and widest * count > self.max_slots:
+                break
+            if joining and longest * (len(joining) + 1) > self.prefill_tokens:
+                break
+            joining.append(self.waiting.popleft())
+        return joining
+
+    def _read(self, joining: list[Handle]) -> Tensor:
+        """Run the distinct prompts, left-padded, and let their rows join; the logits after them, [B', V]."""
+        distinct: dict[tuple[int, ...], int] = {}
+        which = [distinct.setdefault(tuple(handle.prompt), len(distinct)) for handle in joining]
+        width = max(len(ids) for ids in distinct)
+        tokens = torch.tensor([[self.pad_id] * (width - len(ids)) + list(ids) for ids in distinct], device=self.device)
+        mask = positions = None
+        if any(len(ids) < width for ids in distinct):
+            lengths = torch.tensor([len(ids) for ids in distinct], device=self.device)
+            mask = torch.arange(width, device=self.device) >= width - lengths[:, None]
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+        ahead = max(handle.sampling.max_new_tokens for handle in joining) if self.cache is None else 0
+        cache = self.network.new_cache(len(distinct), width + min(ahead, 256))
+        logits: Tensor = self.network(tokens, mask=mask, positions=positions, cache=cache, head=last_logits)
+        if len(distinct) < len(which):
+            repeated = torch.tensor(which, device=self.device)
+            cache.select(repeated)
+            logits = logits[repeated]
+        if self.cache is None:
+            self.cache = cache
+        else:
+            self.cache.join(cache)
+        self.rows += joining
+        self.endings += [Ending(handle.sampling, self.eos_id, self.decode) for handle in joining]
+        return logits
+
+    def _refresh(self) -> None:
+        """Make the tensors over the rows from what the rows are now."""
+        rows, device = self.rows, self.device
+        self.fed = torch.tensor([h.tokens[-1] if h.tokens else 0 for h in rows], device=device)
+        self.positions = torch.tensor([h.cached for h in rows], device=device)
+        self.seeds = torch.tensor([h.seed for h in rows], dtype=torch.long)
+        self.steps = torch.tensor([len(h.tokens) for h in rows])
+        self.settings = RowSampling([h.sampling for h in rows], device, self.eos_id)
+        self.seen = self.counts = None
+        size = self.network.config.vocab_size
+        if any(h.sampling.repetition_penalty != 1 for h in rows):
+            assert size is not None
+            self.seen = torch.zeros(len(rows), size, dtype=torch.bool, device=device)
+            for row, handle in enumerate(rows):
+                self.seen[row, [*handle.prompt, *handle.tokens]] = True
+        if any(h.sampling.counted for h in rows):
+            assert size is not None
+            self.counts = torch.zeros(len(rows), size, device=device)
+            for row, handle in enumerate(rows):
+                if handle.sampling.counted and handle.tokens:
+                    tokens = torch.tensor(handle.tokens, device=device)
+                    self.counts[row] += tokens.bincount(minlength=size)
+        self.stale = False
+
+    # ------------------------------------------------------------------------------ tokens
+
+    def _advance(self, draw: Draw) -> None:
+        """Note what has been drawn, for the next step."""
+        self.fed, self.positions, self.steps = draw.tokens, self.positions + 1, self.steps + 1
+        if self.seen is not None:
+            self.seen.scatter_(1, draw.tokens[:, None], True)
+        if self.counts is not None:
+            self.counts.scatter_add_(1, draw.tokens[:, None], torch.ones_like(self.counts[:, :1]))
+
+    def _report(self, draw: Draw) -> None:
+        """Give every row its token, and end those that it ends."""
+        tops = self._tops(draw)
+        drawn = list(zip(self.rows, self.endings, draw.tokens.tolist(), draw.logps.tolist(), strict=True))
+        heard: list[tuple[Handle, Token, str | None]] = []
+        for row, (handle, ending, token, logp) in enumerate(drawn):
+            if not math.isfinite(logp):
+                heard.append((handle, Token(token, logp, []), "error"))
+                continue
+            step = len(handle.tokens)
+            handle.tokens.append(token)
+            handle.logps.append(logp)
+            reason = ending(token, step)
+            if reason is None and step + 1 == handle.sampling.max_new_tokens:
+                reason = "length"
+            heard.append((handle, Token(token, logp, tops.get(row, [])), reason))
+        for handle, told, reason in heard:
+            if handle.finish_reason is not None:  # cancelled by one of the others' listeners
+                continue
+            if handle.on_token is not None and reason != "error":
+                handle.on_token(handle, told)
+            if reason is not None and handle.finish_reason is None:
+                handle.end(reason, NOT_FINITE if reason == "error" else None)
+
+    def _tops(self, draw: Draw) -> dict[int, list[tuple[int, float]]]:
+        """The likeliest ids of the rows that want them."""
+        wanting = [row for row, handle in enumerate(self.rows) if handle.num_top]
+        if not wanting:
+            return {}
+        rows = torch.tensor(wanting, device=self.device)
+        most = min(max(self.rows[row].num_top for row in wanting), draw.scaled.shape[1])
+        values, ids = draw.scaled[rows].topk(most)
+        pairs = zip(wanting, ids.tolist(), (values - draw.norm[rows]).tolist(), strict=True)
+        return {row: list(zip(i, v, strict=True))[: self.rows[row].num_top] for row, i, v in pairs}
+
+    # ------------------------------------------------------------------------------ rows go
+
+    def _retire(self) -> None:
+        """Let the rows go that have ended, and drop what is padding in all that are left."""
+        stay = [row for row, handle in enumerate(self.rows) if handle.finish_reason is None]
+        if len(stay) == len(self.rows):
+            return
+        self.stale = True
+        if not stay:
+            self.rows, self.endings, self.cache = [], [], None
+            return
+        # the last rows move to where rows have gone, so that the others stay where they are
+        holes = sorted(set(range(len(stay))) - set(stay))
+        tail = [row for row in stay if row >= len(stay)]
+        order = list(range(len(stay)))
+        for hole, row in zip(holes, tail, strict=True):
+            order[hole] = row
+        assert self.cache is not None
+        self.cache.select(torch.tensor(order, device=self.device))
+        self.rows = [self.rows[row] for row in order]
+        self.endings = [self.endings[row] for row in order]
+        padding = self.cache.length - max(handle.cached for handle in self.rows)
+        if padding:
+            self.cache.trim(padding)

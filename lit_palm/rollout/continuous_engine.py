@@ -1,0 +1,78 @@
+"""The continuous-batching scheduler as an engine, for collections whose completions differ much in length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lit_palm.models.base import Network
+from lit_palm.rollout.continuous import Handle, Scheduler
+from lit_palm.rollout.engine import Engine, Generation, check_request
+from lit_palm.rollout.sampling import Sampling
+
+__all__ = ["ContinuousEngine"]
+
+
+class ContinuousEngine(Engine):
+    """An engine over the scheduler: as `CachedEngine`, but a prompt starts as soon as a row is free.
+
+    It pays where completions differ much in length and there are more prompts than `max_batch_size`.
+
+    Args:
+        max_batch_size: most rows at once; None: all.
+        max_slots: most slots of the cache over all rows; None: no limit.
+    """
+
+    def __init__(self, max_batch_size: int | None = None, max_slots: int | None = None) -> None:
+        for name, value in (("max_batch_size", max_batch_size), ("max_slots", max_slots)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: use at least 1, or leave it out for no limit")
+        self.max_batch_size, self.max_slots = max_batch_size, max_slots
+
+    def generate(
+        self,
+        network: Network,
+        prompts: Sequence[Tensor],
+        sampling: Sampling,
+        seeds: Tensor,
+        *,
+        pad_id: int,
+        eos_id: int | None,
+        decode: Callable[[list[int]], str] | None = None,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> Generation:
+        """Sample one completion a prompt; see `Engine.generate`."""
+        assert len(seeds) == len(prompts), "one seed a prompt"
+        check_request(network, prompts, sampling, decode)
+        scheduler = Scheduler(
+            network,
+            pad_id=pad_id,
+            eos_id=eos_id,
+            decode=decode,
+            max_batch_size=self.max_batch_size,
+            max_slots=self.max_slots,
+        )
+        handles: list[Handle | None] = [None] * len(prompts)
+        for row in sorted(range(len(prompts)), key=lambda row: len(prompts[row])):
+            told = None if on_token is None else (lambda _, token, row=row: on_token(row, token.id))
+            handles[row] = scheduler.submit(prompts[row], sampling, int(seeds[row]), on_token=told)
+        training = [module for module in network.modules() if module.training]
+        network.eval()
+        try:
+            while scheduler.step():
+                pass
+        finally:
+            for module in training:
+                module.training = True
+        done = [handle for handle in handles if handle is not None]
+        for handle in done:
+            if handle.error is not None:
+                raise ValueError(handle.error)
+        return Generation(
+            completions=[torch.tensor(handle.tokens) for handle in done],
+            logps=[torch.tensor(handle.logps) for handle in done],
+            ended=[handle.finish_reason != "length" for handle in done],
+            finish_reason=[str(handle.finish_reason) for handle in done],
+        )

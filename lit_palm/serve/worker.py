@@ -1,0 +1,194 @@
+"""The thread that owns the network, and the streams through which the server's event loop hears of tokens.
+
+The event loop opens a `Stream` with one or several rows and reads its events; the thread keeps one `Scheduler` going.
+All that one step has drawn for all streams crosses over in one call, so that a token costs the loop no wake-up of its
+own. Whatever goes wrong with one row ends that row alone; a failure of a whole step ends the rows that took part.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from lit_palm.rollout.continuous import Handle, Scheduler, Token
+from lit_palm.rollout.sampling import Sampling
+
+__all__ = ["Event", "Row", "Stream", "Worker"]
+
+log = logging.getLogger(__name__)
+
+
+class Row(NamedTuple):
+    """What one row of a stream is to be."""
+
+    prompt: list[int]
+    sampling: Sampling
+    seed: int
+    num_top: int = 0
+
+
+class Event(NamedTuple):
+    """What happened to one row: a token, or its end."""
+
+    row: int
+    token: Token | None
+    reason: str | None = None
+    error: str | None = None
+
+
+@dataclass(eq=False)
+class Stream:
+    """Rows that one request waits for; its events belong to the event loop, its handles to the thread."""
+
+    rows: list[Row]
+    events: deque[Event] = field(default_factory=deque)
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+    left: int = 0
+    handles: list[Handle] = field(default_factory=list)
+
+    async def next(self) -> list[Event]:
+        """All events that have come in since the last call; waits for at least one."""
+        await self.ready.wait()
+        self.ready.clear()
+        events = list(self.events)
+        self.events.clear()
+        return events
+
+
+class Worker:
+    """Runs a scheduler in a thread of its own.
+
+    Args:
+        load: makes the scheduler; called in the thread, so that the server answers meanwhile.
+        max_rows: most rows at once, running and waiting together.
+    """
+
+    def __init__(self, load: Callable[[], Scheduler], max_rows: int) -> None:
+        self.load, self.max_rows = load, max_rows
+        self.state: Literal["loading", "ready", "draining", "failed"] = "loading"
+        self.failure: BaseException | None = None
+        self.num_rows = 0
+        """Rows that have not ended."""
+        self.streams: set[Stream] = set()
+        self._inbox: queue.SimpleQueue[tuple[str, Stream | None]] = queue.SimpleQueue()
+        self._outbox: list[tuple[Stream, Event]] = []
+        self._thread = threading.Thread(target=self._run, name="lit-palm-engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop
+
+    # ------------------------------------------------------------------------------ on the event loop
+
+    def start(self) -> None:
+        """Load the network and begin; call it on the event loop that opens streams."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def open(self, rows: list[Row]) -> Stream:
+        """Ask for rows. The caller has checked that there is room for them."""
+        stream = Stream(rows, left=len(rows))
+        self.num_rows += len(rows)
+        self.streams.add(stream)
+        self._inbox.put(("open", stream))
+        return stream
+
+    def close(self, stream: Stream) -> None:
+        """Nobody listens any more: free the rows that have not ended."""
+        if stream.left:
+            self._inbox.put(("close", stream))
+
+    def stop(self) -> None:
+        """End all rows and the thread; waits for the step that is under way."""
+        self._inbox.put(("stop", None))
+        if self._thread.is_alive():
+            self._thread.join(timeout=30)
+
+    def _deliver(self, events: list[tuple[Stream, Event]]) -> None:
+        for stream, event in events:
+            stream.events.append(event)
+            stream.ready.set()
+            if event.token is None:
+                stream.left -= 1
+                self.num_rows -= 1
+                if not stream.left:
+                    self.streams.discard(stream)
+
+    def _settle(self, failure: BaseException | None) -> None:
+        self.failure = failure
+        if failure is not None:
+            self.state = "failed"
+        elif self.state == "loading":
+            self.state = "ready"
+
+    # ------------------------------------------------------------------------------ in the thread
+
+    def _run(self) -> None:
+        try:
+            scheduler = self.load()
+        except BaseException as error:  # reported by whoever waits for the server
+            self._call(self._settle, error)
+            return
+        self._call(self._settle, None)
+        going = True
+        while going:
+            going = self._listen(scheduler)
+            try:
+                scheduler.step()
+            except Exception as error:  # out of memory, say: those that took part are lost, the server is not
+                log.exception("a step failed")
+                scheduler.abort(f"the network failed ({type(error).__name__})")
+            self._flush()
+        for handle in [*scheduler.rows, *scheduler.waiting]:
+            scheduler.cancel(handle)
+        self._flush()
+
+    def _listen(self, scheduler: Scheduler) -> bool:
+        """Do what has been asked, waiting for it when there is nothing else to do; False: the thread is to end."""
+        idle = not scheduler.rows and not scheduler.waiting
+        while True:
+            try:
+                kind, stream = self._inbox.get(block=idle)
+            except queue.Empty:
+                return True
+            idle = False
+            if stream is None:
+                return False
+            if kind == "close":
+                for handle in stream.handles:
+                    scheduler.cancel(handle)
+            else:
+                self._submit(scheduler, stream)
+
+    def _submit(self, scheduler: Scheduler, stream: Stream) -> None:
+        for number, row in enumerate(stream.rows):
+
+            def tell(handle: Handle, token: Token, number: int = number) -> None:
+                self._outbox.append((stream, Event(number, token)))
+
+            def end(handle: Handle, number: int = number) -> None:
+                self._outbox.append((stream, Event(number, None, handle.finish_reason, handle.error)))
+
+            try:
+                handle = scheduler.submit(
+                    row.prompt, row.sampling, row.seed, num_top=row.num_top, on_token=tell, on_end=end
+                )
+            except Exception as error:
+                if not isinstance(error, ValueError):
+                    log.exception("a request could not be submitted")
+                self._outbox.append((stream, Event(number, None, "error", str(error))))
+            else:
+                stream.handles.append(handle)
+
+    def _flush(self) -> None:
+        if self._outbox:
+            events, self._outbox = self._outbox, []
+            self._call(self._deliver, events)
+
+    def _call(self, function: Callable[..., None], *args: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+            self._loop.call_soon_threadsafe(function, *args)
