@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +26,7 @@ from tests.support import policy, prompt_data, ranking_data, reward_model, same,
 
 # of float32 log-probabilities: a frozen matrix and its update are two sums, merged they are one
 MERGED = 1e-5
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -313,3 +319,24 @@ def test_completions_of_a_checkpoint(stages: dict[str, Path], capsys: pytest.Cap
         == 0
     )
     assert capsys.readouterr().out.startswith("the cat")
+
+
+def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(stages: dict[str, Path], tmp_path: Path) -> None:
+    """SIGKILL in the middle of the second collection; whatever was saved last is what it goes on from."""
+    options: dict[str, Any] = {"network": str(stages["sft"]), "steps": 12}
+    whole = fit(tmp_path / "whole", "LitPolicy", **options)
+    path = configuration(tmp_path / "killed", "LitPolicy", options["steps"], network=options["network"])
+    command = [sys.executable, "-m", "lit_palm", "fit", "--config", str(path)]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 240
+        while not (tmp_path / "killed" / "step-00000006.ckpt").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.001)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    last = tmp_path / "killed" / "last.ckpt"
+    assert 5 <= learned(last)["step"] < options["steps"]
+    again = fit(tmp_path / "killed", "LitPolicy", f"--ckpt_path={last}", **options)
+    same(learned(whole), learned(again))
