@@ -1,5 +1,8 @@
-"""COMING_FROM.md keeps its word: every key of its tables parses with the values that stand there, every command has its
-verb and flags, and what it says is not here is said so."""
+"""The README keeps its word to those who come from other projects.
+
+Every key of its tables parses with the values that stand there, every command has its verb and flags, and what it says
+is not here is said so.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,8 @@ import yaml
 from lit_palm.cli import EXTRA_VERBS, build_cli, main
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "COMING_FROM.md").read_text(encoding="utf-8")
+_, _, _FROM = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Coming from ")
+PAGE = _FROM.partition("\n## ")[0]
 ROWS = [
     [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
     for line in PAGE.splitlines()

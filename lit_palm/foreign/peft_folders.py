@@ -21,7 +21,8 @@ _PREFIX = "base_model.model."
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": ("none",), "lora_bias": (False, None), "modules_to_save": (None, []), "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None), "layers_pattern": (None, []), "layer_replication": (None,),
-    "use_bdlora": (None, False), "alora_invocation_tokens": (None,), "arrow_config": (None,), "target_parameters": (None, []),
+    "use_bdlora": (None, False), "alora_invocation_tokens": (None,), "arrow_config": (None,),
+    "target_parameters": (None, []),
     "trainable_token_indices": (None,),
 }  # fmt: skip
 
