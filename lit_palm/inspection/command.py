@@ -97,9 +97,9 @@ def _data_flags(reader: str, path: Sequence[str], view: str | None) -> list[str]
 
     modules = {str(name): module for name, module in MODULES.items()}
     views = [str(name) for name in _reader_class(reader).views()]
-    view = view or next(name for name in ("preferences", *views) if name in views)
+    view = view or next((name for name in ("preferences", *views) if name in views), "preferences")
     if view not in views:
-        raise ValueError(f"--view {view}: {reader} has {', '.join(views)}")
+        raise ValueError(f"--view {view}: {reader} has {', '.join(views) or 'no view'}")
     return [f"--data={modules[view]}", f"--data.reader={reader}", *(f"--data.train={place}" for place in path)]
 
 
