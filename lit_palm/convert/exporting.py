@@ -207,11 +207,20 @@ def main(argv: Sequence[str]) -> int:
         exported = prepare(args.checkpoint, args.network, args.dtype)
         export_huggingface(exported, args.folder, size, args.push)
     print(f"wrote {args.folder}", file=sys.stderr)
+    if args.format != "lit-palm":
+        _say_what_is_left_out(args.checkpoint, args.network)
     if args.push is not None:
         from lit_palm.convert.push import push
 
         print(f"uploaded to {push(args.folder, args.push, args.private)}", file=sys.stderr)
     return 0
+
+
+def _say_what_is_left_out(path: str, network: Role | None) -> None:
+    chosen = choose(path, network)
+    others = [role for role in chosen.checkpoint.header["networks"] if role != chosen.role]
+    if others:
+        print(f"that is its {chosen.role}; --network takes its {' or '.join(others)} instead", file=sys.stderr)
 
 
 def _check_push(repository: str, kind: str, folder: str) -> None:

@@ -39,13 +39,16 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[str]:
     check_target(place)
     local = is_local(place)
     final = os.path.abspath(local_path(place)) if local else ""
-    if local:
-        os.makedirs(os.path.dirname(final), exist_ok=True)
-        prefix = f".{os.path.basename(final)}."
-        staged = tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=os.path.dirname(final))
-        os.chmod(staged, 0o777 & ~_umask())
-    else:
-        staged = tempfile.mkdtemp(suffix=".tmp")
+    try:
+        if local:
+            os.makedirs(os.path.dirname(final), exist_ok=True)
+            prefix = f".{os.path.basename(final)}."
+            staged = tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=os.path.dirname(final))
+            os.chmod(staged, 0o777 & ~_umask())
+        else:
+            staged = tempfile.mkdtemp(suffix=".tmp")
+    except OSError as error:
+        raise ValueError(f"{target}: cannot be written ({error.strerror})") from error
     try:
         yield staged
         if local:

@@ -15,12 +15,12 @@ import numpy as np
 from lit_palm.data.base import TokenizedData
 from lit_palm.data.cache import Columns, ColumnWriter
 from lit_palm.data.conversations import Conversation, encode, split_key, turn, turn_texts
-from lit_palm.data.faults import note, report
+from lit_palm.data.faults import note, overlong_fault, report
 from lit_palm.data.packing import Windows
 from lit_palm.data.sources import Row
 from lit_palm.data.tokenizers import Tokenizer
 
-__all__ = ["DemonstrationData", "Overlong", "overlong_fault"]
+__all__ = ["DemonstrationData", "Overlong"]
 
 Overlong = Literal["error", "drop", "truncate"]
 
@@ -113,11 +113,6 @@ class DemonstrationData(TokenizedData):
             columns.arrays["targets"],
             room=self.max_length if self.pack else None,
         )
-
-
-def overlong_fault(longest: int | None) -> str:
-    """What a row that is too long is called in reports."""
-    return f"longer than {longest} tokens (data.overlong)"
 
 
 def _conversation(row: Row) -> Conversation:

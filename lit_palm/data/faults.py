@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lit_palm.data.cache import Columns, ColumnWriter
 from lit_palm.data.sources import Row
 
-__all__ = ["count", "counted", "leaver", "note", "report"]
+__all__ = ["count", "counted", "leaver", "note", "overlong_fault", "report"]
 
 PLACES = 5
 """So many places are named; the others are counted."""
@@ -60,6 +60,11 @@ def counted(tally: Mapping[str, Any], faults: Mapping[str, str] | None = None) -
     """
     names = {fault: fault for fault in tally} if faults is None else faults
     return [f"{text}: {_outcomes(tally[fault])}" for fault, text in names.items() if fault in tally]
+
+
+def overlong_fault(longest: int | None) -> str:
+    """What a row that is too long is called in reports."""
+    return f"longer than {longest} tokens (data.overlong)"
 
 
 def report(columns: Columns, faults: Mapping[str, str]) -> None:

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from lit_palm.data.base import TokenizedData
 from lit_palm.data.cache import Columns, ColumnWriter
 from lit_palm.data.conversations import Conversation, Encoded, encode, turn_texts
-from lit_palm.data.demonstrations import Overlong, overlong_fault
-from lit_palm.data.faults import note, report
+from lit_palm.data.demonstrations import Overlong
+from lit_palm.data.faults import note, overlong_fault, report
 from lit_palm.data.mismatched import add_mismatched
 from lit_palm.data.packing import Windows
 from lit_palm.data.preference_checks import FAULTS, AnswerCheck, Faulty

@@ -10,15 +10,17 @@ itself: `train_dataloader` asks the LightningModule for its rollout loader and k
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from numpy.typing import NDArray
 
 from lit_palm.data.base import Stage, TokenizedData
 from lit_palm.data.cache import Columns, ColumnWriter
 from lit_palm.data.conversations import Turn, encode_prompts, split_key, turn, turn_texts
+from lit_palm.data.faults import count, counted, overlong_fault
 from lit_palm.data.position import position
 from lit_palm.data.sources import Row
 from lit_palm.data.tokenizers import Tokenizer
@@ -41,9 +43,11 @@ class PromptRows(Sequence[dict[str, Any]]):
     Args:
         columns: from the cache.
         tokenizer: that made them.
+        kept: [rows] which of them are used; None: all.
     """
 
-    def __init__(self, columns: Columns, tokenizer: Tokenizer) -> None:
+    def __init__(self, columns: Columns, tokenizer: Tokenizer, kept: NDArray[np.int64] | None = None) -> None:
+        self._kept = np.arange(len(columns.records)) if kept is None else kept
         self._tokens = columns.arrays["tokens"]
         self._offsets = np.concatenate([[0], np.cumsum(columns.arrays["lengths"])])
         self._records = columns.records
@@ -51,12 +55,12 @@ class PromptRows(Sequence[dict[str, Any]]):
         self._tokenizer = tokenizer
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._kept)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
         """[prompts] tokens of each."""
-        return np.diff(self._offsets)
+        return np.diff(self._offsets)[self._kept]
 
     @overload
     def __getitem__(self, index: int) -> dict[str, Any]: ...
@@ -65,7 +69,7 @@ class PromptRows(Sequence[dict[str, Any]]):
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
+        index = int(self._kept[index])
         ids = self._tokens[self._offsets[index] : self._offsets[index + 1]]
         record = self._records[index]
         return {
@@ -101,18 +105,23 @@ class PromptData(TokenizedData):
     name -> list, `row` LongTensor [B], the number of the row in the data (-1: a filler that counts for nothing).
 
     Args:
-        max_prompt_length: longest prompt in tokens, a longer one is an error; None: shorter than the network's context.
+        max_prompt_length: longest prompt in tokens; None: shorter than the network's context.
+        overlong: what to do with a longer one: stop with an error, or drop it. What was dropped is counted in a
+            warning, with the first few places.
         kwargs: the arguments of `TokenizedData`; `batch_size` is used for evaluation only, since the policy says how
             many prompts it collects.
     """
 
     view = "prompts"
 
-    def __init__(self, max_prompt_length: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, max_prompt_length: int | None = None, overlong: Literal["error", "drop"] = "error", **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         if max_prompt_length is not None and max_prompt_length < 1:
             raise ValueError(f"data.max_prompt_length is {max_prompt_length}; it must be at least 1")
         self.max_prompt_length = max_prompt_length
+        self.overlong = overlong
         self._rollouts: Any = None
         self._rollout_state: dict[str, Any] = {}
 
@@ -176,19 +185,34 @@ class PromptData(TokenizedData):
             names.extend(name for name in sample.columns if name not in names)
 
     def elements(self, columns: Columns, tokenizer: Tokenizer) -> PromptRows:
-        lengths = columns.arrays["lengths"]
+        lengths = np.asarray(columns.arrays["lengths"])
         longest = int(lengths.argmax())
         context = self.network_limit("context_length")
         room = self.max_prompt_length or (None if context is None else context - 1)
-        if room is not None and lengths[longest] > room:
+        kept = None
+        if room is not None and lengths[longest] > room and self.overlong == "drop":
+            kept = self._short(columns, lengths, room)
+        elif room is not None and lengths[longest] > room:
             key = "data.max_prompt_length" if self.max_prompt_length else "the network's context, less one to answer,"
             raise ValueError(
                 f"{columns.records[longest]['where']}: this prompt has {lengths[longest]} tokens, more than {key}"
-                f" {room}; shorten it, leave it out, or raise the limit"
+                f" {room}; shorten it, raise the limit, or set data.overlong to drop"
             )
         if context is not None and room is not None and room >= context:
             self.check_length(room + 1, "max_prompt_length")
-        return PromptRows(columns, tokenizer)
+        return PromptRows(columns, tokenizer, kept)
+
+    def _short(self, columns: Columns, lengths: NDArray[Any], room: int) -> NDArray[np.int64]:
+        """The prompts that fit, with a warning about the others."""
+        tally: dict[str, Any] = {}
+        for row in np.flatnonzero(lengths > room):
+            count(tally, overlong_fault(room), "dropped", columns.records[int(row)]["where"])
+        (told,) = counted(tally)
+        kept = np.flatnonzero(lengths <= room)
+        if not len(kept):
+            raise ValueError(f"no row is left of the data; {told}: correct the data or change the option")
+        rank_zero_warn(f"the data has rows with faults\n  {told}")
+        return kept
 
 
 def _before(row: Row) -> Turn:

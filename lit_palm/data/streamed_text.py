@@ -6,7 +6,8 @@
     print(text.finish())
 
 The pieces together are what decoding all ids at once gives, up to the first stop text. Only the last few ids are
-decoded at every step, so that a long completion costs no more a token than a short one.
+decoded at every step, so that a long completion costs no more a token than a short one. (One exception: where byte
+fallback meets bytes that are no text, it takes back characters that it has given before; a stream keeps them.)
 """
 
 from __future__ import annotations

@@ -112,8 +112,9 @@ def _compile(template: str) -> jinja2.Template:
 def _text(template: str, messages: Sequence[Message], generation: bool, tokens: dict[str, str]) -> str:
     try:
         return _compile(template).render(messages=list(messages), add_generation_prompt=generation, **tokens)
-    except Exception as error:  # a template is a program of somebody else's
-        raise ValueError(f"the chat template does not take these messages: {error}") from error
+    except Exception as error:  # a template is a program: it may divide by zero
+        what = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
+        raise ValueError(f"the chat template does not take these messages: {what}{error}") from error
 
 
 def render(
@@ -209,13 +210,18 @@ def encode_chat(
     """
     special = sorted(tokenizer.special_tokens, key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, special))) if special else None
-    rendered = render(
-        _literal(list(messages), pattern),
-        tokenizer.chat_template or PLAIN_TEMPLATE,
-        add_generation_prompt=add_generation_prompt,
-        **tokenizer.template_tokens,
-        spans=not add_generation_prompt,
-    )
+    template = tokenizer.chat_template or PLAIN_TEMPLATE
+    try:
+        rendered = render(
+            _literal(list(messages), pattern),
+            template,
+            add_generation_prompt=add_generation_prompt,
+            **tokenizer.template_tokens,
+            spans=not add_generation_prompt,
+        )
+    except ValueError as error:
+        name = getattr(tokenizer, "name", type(tokenizer).__name__)
+        raise ValueError(f"{error} (the template of {name}, {template.strip()[:40]!r}...)") from error
     ids, mask = _encode_rendered(tokenizer, Rendered(rendered.text, rendered.spans[skip_turns:]), pattern)
     if tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
         ids, mask = [tokenizer.bos_id, *ids], [False, *mask]

@@ -4,8 +4,7 @@ Such a checkpoint is a state dict and nothing else, so what it does not say is w
 - sizes come from shapes. The fused projection has rows q (heads * dh), k (dh), v (dh), two halves of the feed-forward,
   the second of which is the gate;
 - a norm's weight is `gamma` until version 0.2.3 and `gamma + 1` since 0.2.4. A file loads into either and is wrong in
-  one. Fresh gammas are 1 in the old convention and 0 in the new one, trained ones stay near: `gamma_convention` tells
-  them apart, and refuses what is in between;
+  one. `gamma_convention` tells them apart by the numbers, and what it cannot tell has to be said;
 - xPos leaves no trace: a causal PaLM of theirs always has it (`xpos_scale_base` 512 by default).
 """
 
@@ -121,7 +120,12 @@ def read_palm_rlhf(tensors: Tensors, options: PaLMRLHFOptions, preset: str | Non
 
 
 def gamma_convention(tensors: Tensors, names: Iterable[str]) -> tuple[str | None, str]:
-    """Which convention the norms' gammas look like: the one whose fresh value (1 or 0) they are nearer to, twice over.
+    """Which convention the norms' gammas look like.
+
+    Fresh ones are 1 in the old convention and 0 in the new one. Training moves them, as a rule so that the weight stays
+    positive: old gammas are then positive, new ones of both signs, above -1. So gammas that are nearer to 1, twice
+    over, are old; those that are nearer to 0 are new if many are negative or they have hardly moved. Positive gammas of
+    about 0.3 may be weights of 0.3 or of 1.3, and nobody can tell.
 
     Args:
         tensors: has them.
@@ -132,10 +136,12 @@ def gamma_convention(tensors: Tensors, names: Iterable[str]) -> tuple[str | None
     """
     gammas = torch.cat([tensors[name].reshape(-1).double() for name in names])
     to_one, to_zero = (gammas - 1).abs().mean().item(), gammas.abs().mean().item()
-    numbers = f"{to_one:.3g} away from 1 and {to_zero:.3g} away from 0 on average"
-    if 2 * to_one <= to_zero:
+    negative = (gammas < 0).double().mean().item()
+    numbers = f"{to_one:.3g} away from 1 and {to_zero:.3g} away from 0 on average, {negative:.0%} negative"
+    if 2 * to_one <= to_zero and negative < 0.1:
         return "plain", numbers
-    return ("plus_one" if 2 * to_zero <= to_one else None), numbers
+    new = 2 * to_zero <= to_one and (negative > 0.1 or to_zero < 0.05)
+    return "plus_one" if new else None, numbers
 
 
 def _decide_gamma(where: str, options: PaLMRLHFOptions, found: str | None, numbers: str, notes: list[str]) -> float:

@@ -51,6 +51,12 @@ def _factors(tensors: Tensors, config: PaLMConfig, scope: str, layer: int) -> li
     return pairs
 
 
+def _update(a: Tensor, b: Tensor) -> Tensor:
+    """What a pair adds to a weight, [out, in], in float32 or wider."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return (a.to(wide) @ b.to(wide)).t()
+
+
 def merged(tensors: Tensors, config: PaLMConfig, scope: str, recipes: Mapping[str, Recipe]) -> dict[str, Recipe]:
     """The weights that a scope changes, with it added.
 
@@ -60,14 +66,12 @@ def merged(tensors: Tensors, config: PaLMConfig, scope: str, recipes: Mapping[st
 
     def qkv(layer: int, base: Recipe) -> Tensor:
         weight = base.make()
-        deltas = [(a.float() @ b.float()).t() for a, b in _factors(tensors, config, scope, layer)[:3]]
-        delta = torch.cat(deltas)
-        weight[: len(delta)] += delta.to(weight.dtype)
+        delta = torch.cat([_update(*pair) for pair in _factors(tensors, config, scope, layer)[:3]])
+        weight[: len(delta)] = (weight[: len(delta)] + delta).to(weight.dtype)
         return weight
 
     def out(layer: int, base: Recipe) -> Tensor:
-        a, b = _factors(tensors, config, scope, layer)[3]
-        return base.make() + (a.float() @ b.float()).t()
+        return base.make() + _update(*_factors(tensors, config, scope, layer)[3])
 
     changed: dict[str, Recipe] = {}
     for layer in range(config.num_layers):

@@ -172,8 +172,12 @@ def _handle(path: str) -> Any:
             raise ValueError(f"{path}: cannot be read as safetensors ({error})") from error
     import zipfile
 
+    zipped = zipfile.is_zipfile(path)
+    with open(path, "rb") as file:
+        if not zipped and file.read(2) == b"PK":  # its table of contents is at its end
+            raise ValueError(f"{path}: is truncated: copy or download it again")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # the unpickler raises whatever it stumbles over
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(

@@ -30,13 +30,13 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="lit-palm data inspect",
-        usage="lit-palm data inspect [READER [PATH]] [flags of `lit-palm fit`] [--view VIEW] [--stage STAGE] "
-        "[--rows ROWS] [--json]",
+        usage="lit-palm data inspect [READER [PATH]] [flags of `lit-palm fit`] [--view VIEW] "
+        "[--stage STAGE] [--rows ROWS] [--json]",
         allow_abbrev=False,
-        description="Show what a run would train on: counts, lengths, rows with what is learned from, and what is left "
-        "out and why. Takes the YAML files and flags of `lit-palm fit` as they are; or a reader of published data, "
-        "such as OASST or the dotted name of one of your own, with what it reads: a file, folder, glob, URL or hub "
-        "dataset (default: where the dataset is).",
+        description="Show what a run would train on: counts, lengths, rows with what is learned from, and what is "
+        "left out and why. Takes the YAML files and flags of `lit-palm fit` as they are; or a reader of published "
+        "data, such as OASST or the dotted name of one of your own, with what it reads: a file, folder, glob, URL or "
+        "hub dataset (default: where the dataset is).",
     )
     add = parser.add_argument
     add("--view", help="of a reader: demonstrations, preferences or prompts (default: preferences, where it has them)")
@@ -85,6 +85,9 @@ def main(argv: Sequence[str], parse_fit: ParseFit) -> int:
         print(json.dumps(inspection.record(options.rows), indent=2, ensure_ascii=False))
     else:
         show(inspection, options.rows, sys.stdout)
+    if inspection.error is not None:
+        sys.stdout.flush()
+        raise inspection.error
     return 0
 
 

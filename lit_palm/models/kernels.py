@@ -63,11 +63,11 @@ def recomputed(hidden: Tensor) -> Iterator[None]:
     It is computed again from `fused`, which that of `split_swiglu` keeps anyway: a tensor of the feed-forward's inner
     width less for a pass over memory more.
     """
-    node: Any = hidden.grad_fn
-    kind: Any = _SplitSwiGLU._backward_cls  # type: ignore[attr-defined]
-    if not isinstance(node, kind):
+    made_by = hidden.grad_fn
+    if type(made_by) is not _SplitSwiGLU._backward_cls:  # type: ignore[attr-defined]
         yield
         return
+    node: Any = made_by
     place, size = hidden.data_ptr(), hidden.numel()
 
     def pack(kept: Tensor) -> Any:

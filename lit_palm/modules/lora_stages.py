@@ -53,6 +53,11 @@ class Roles:
             raise ValueError(
                 "model.lora: adapters cannot be split within a block: set the strategy's tensor_parallel_size to 1"
             )
+        if self.lora.quantize is not None and module.layout.shards:
+            raise ValueError(
+                f"model.lora.quantize: quantised weights cannot be spread by {type(strategy).__name__}: use strategy "
+                "auto or ddp, or leave it out"
+            )
         start.seed = int(strategy.broadcast(start.seed))
         self.base, self.trunk, self.seed = base_of(start), trunk_of(start), start.seed
         self.adapters: dict[str, Adapter] = {}

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_palm.models.adapted import AdaptedNetwork, split_name
-from lit_palm.models.lora import LoRA, is_transposed
+from lit_palm.models.base import Network
+from lit_palm.models.lora import Bits, LoRA, is_transposed
+from lit_palm.models.quantized import quantize
 from lit_palm.models.weights import Source, fill, give_memory, named_weights, normal_rows
 from lit_palm.modules.adapters import HEAD, whole_weight
 from lit_palm.modules.spread import Networks
@@ -56,6 +58,11 @@ class SharedBlueprint(Blueprint):
     def in_parts(self) -> bool:
         return self.trunk.in_parts
 
+    @property
+    def bits(self) -> Bits | None:
+        """What the frozen matrices are kept in."""
+        return next((adapter.lora.quantize for adapter in self.adapters.values()), None)
+
     def on(self, network: nn.Module) -> AdaptedNetwork:
         """Put the adapters on a network; they are on the meta device."""
         return AdaptedNetwork(
@@ -74,7 +81,11 @@ class SharedBlueprint(Blueprint):
 
     def whole(self) -> nn.Module:
         source, device = self.source, torch.get_default_device()  # refuses what does not fit before memory is taken
-        network = self.on(self.trunk.whole())
+        trunk = self.trunk.whole()
+        if self.bits is not None:
+            assert isinstance(trunk, Network)
+            quantize(trunk, self.bits)
+        network = self.on(trunk)
         fill(network, source, only=give_memory(network, device))
         return network
 
@@ -100,6 +111,12 @@ class _Shared(Source):
                 raise ValueError(f"{adapter.where}: lacks {own}: was it trained with other targets, or without DoRA?")
             if there is not None and tuple(there) != shape:
                 raise ValueError(f"{adapter.where}: {own} is {tuple(there)} there, {shape} here: is its rank another?")
+
+        for role, names in self.stored.items():
+            places = {split[1] for name in self.shapes if (split := split_name(name)) and split[0] == role}
+            lost = sorted(name for name in names - places if name not in HEAD)
+            if lost:
+                raise ValueError(f"{found.adapters[role].where}: has {lost[0]}, which the network has no place for")
 
     def has_adapter(self, role: str) -> bool:
         """Whether an adapter starts with stored weights, and not only its head."""

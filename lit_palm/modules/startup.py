@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lit_palm.rollout.continuous_engine import ContinuousEngine
 from lit_palm.rollout.engine import CachedEngine
 from lit_palm.types import Experience
 
@@ -39,6 +40,8 @@ def numeric_dtype(module: LitPolicy) -> torch.dtype:
         return torch.bfloat16
     if precision.startswith("16"):
         return torch.float16
+    if module.lora is not None and module.lora.quantize is not None:
+        return torch.bfloat16  # kernels of quantised matrices round to 16 bits, and not alike for any number of rows
     return next(module.networks.parameters()).dtype
 
 
@@ -88,7 +91,7 @@ def check_first_ratio(module: LitPolicy, experience: Experience, num_rows: int =
     module.networks.train(training)
     if "engine_logps" in experience:
         # an engine of another make has kernels and perhaps a precision of its own
-        loosest = dtype if isinstance(module.engine, CachedEngine) else torch.bfloat16
+        loosest = dtype if isinstance(module.engine, CachedEngine | ContinuousEngine) else torch.bfloat16
         _compare(
             experience["engine_logps"],
             experience["old_logps"],

@@ -43,6 +43,11 @@ def read_job(module: LitModule, config: Any, wishes: Wishes) -> Job:
     Raises:
         ValueError: naming the key and the way out.
     """
+    if module.lora is not None:
+        raise ValueError(
+            "model.lora: the formulas of a plan are those of networks whose weights are all trained; leave it out (as "
+            "--model.lora=null) for a bound from above"
+        )
     precision = _precision(config.trainer.get("precision"))
     sharding = _sharding(module, config.trainer, wishes.devices)
     if sharding.casts:  # what the embedding gives has its type

@@ -122,6 +122,7 @@ class Scheduler:
         self.device = next(network.parameters()).device
         self.waiting: deque[Handle] = deque()
         self.rows: list[Handle] = []
+        self.joining: list[Handle] = []  # neither waiting nor running: their prompts are being read
         self.endings: list[Ending] = []
         self.cache: Cache | None = None
         # tensors over the rows, made anew when rows have joined or left
@@ -175,8 +176,9 @@ class Scheduler:
 
     def abort(self, error: str) -> None:
         """End every row that is under way, as after a failure in the midst of a step; those that wait stay."""
-        rows, self.rows, self.endings, self.cache, self.stale = self.rows, [], [], None, True
-        for handle in rows:
+        lost = [*self.rows, *self.joining]
+        self.rows, self.joining, self.endings, self.cache, self.stale = [], [], [], None, True
+        for handle in lost:
             if handle.finish_reason is None:
                 handle.end("error", error)
 
@@ -190,9 +192,10 @@ class Scheduler:
                 self._refresh()
             positions = self.positions[:, None]
             logits.append(self.network(self.fed[:, None], positions=positions, cache=self.cache, head=last_logits))
-        joining = self._admit()
-        if joining:
-            logits.append(self._read(joining))
+        self.joining = self._admit()
+        if self.joining:
+            logits.append(self._read(self.joining))
+            self.joining = []
             self._refresh()
         if self.rows:
             steps = [len(handle.tokens) for handle in self.rows]

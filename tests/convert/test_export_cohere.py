@@ -18,6 +18,7 @@ from lit_palm.cli import main
 from lit_palm.data.templates import encode_chat
 from lit_palm.data.tokenizers import ByteTokenizer, load_tokenizer
 from lit_palm.models.base import ScalarNetwork
+from lit_palm.modules.checkpoint import read_checkpoint
 from lit_palm.modules.weights import load_network
 from lit_palm.rollout.engine import CachedEngine
 from lit_palm.rollout.sampling import Sampling
@@ -102,6 +103,8 @@ def test_a_folder_of_coheres_own_is_imported(tmp_path: Path) -> None:
 def test_the_tokenizer_gives_the_same_ids(tmp_path: Path, kind: str) -> None:
     tokenizer = tokenizers()[kind]
     folder = export(tmp_path, {"policy": palm()}, tokenizer=tokenizer)
+    brought = read_checkpoint(folder, header_only=True).tokenizer
+    assert brought is not None and brought.same_as(tokenizer)
     (folder / "lit_palm_tokenizer.json").unlink()  # theirs alone
     theirs = AutoTokenizer.from_pretrained(folder)
     for text in [*texts(), "", " ", "naïve 中文 ½ x²", "a\tb\r\n\n  c"]:
@@ -163,8 +166,9 @@ def test_a_folder_of_shards(tmp_path: Path) -> None:
     assert sorted(there) == sorted(f"/exported/{path.name}" for path in (tmp_path / "exported").iterdir())
 
 
-def test_what_comes_along(tmp_path: Path) -> None:
+def test_what_comes_along(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = export(tmp_path, {"policy": palm(), "value": palm(scalar=True)}, "--dtype", "bfloat16")
+    assert "that is its policy; --network takes its value instead" in capsys.readouterr().err
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
@@ -213,6 +217,7 @@ def test_wrong_requests_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         ((reward, "x"), "pools the mean over positions"),
         ((policy, "full"), "is not empty (it holds config.json) and was not written by lit-palm"),
         ((policy, "file"), "is a file; name a folder"),
+        ((policy, "file/below"), "file/below: cannot be written ("),
         ((policy, "x", "--max_shard_size", "big"), "--max_shard_size big: is no size"),
         ((policy, "x", "--format", "gguf", "--push", "me/x"), "--push me/x: uploads a folder of transformers"),
         ((policy, "x", "--format", "onnx"), "'huggingface', 'gguf', 'lit-palm'"),

@@ -84,6 +84,8 @@ def test_a_reward_model_is_the_architectures_classifier(kind: str, tmp_path: Pat
     bias = json.loads((tmp_path / "exported" / "config.json").read_text())["lit_palm"]["score_bias"]
     assert bias == pytest.approx(-0.15)
     assert (theirs.eval()(tokens).logits[:, 0] + bias - network(tokens)[:, -1]).abs().max() < 1e-5
+    again = load_network(tmp_path / "exported", "reward").eval()  # and here with the constant
+    assert (again(tokens) - network(tokens)).abs().max() < 1e-5
 
 
 @torch.no_grad()

@@ -106,11 +106,37 @@ def test_a_contradicted_convention_is_refused(
     assert torch.equal(dict(imported.named_parameters())["norm.weight"], state["norm.gamma"] + plus)
 
 
-def test_gammas_in_between_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    state = {k: v * 0.5 + 0.5 if k.endswith("gamma") else v for k, v in theirs().state_dict().items()}
+@pytest.mark.parametrize("middle", [0.5, 0.3, 0.15])
+def test_gammas_that_may_be_either_are_refused(
+    tmp_path: Path, middle: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # weights of 0.3 in the old convention, of 1.3 in the new one: either happens
+    state = {k: v * 0.1 + middle if k.endswith("gamma") else v for k, v in theirs().state_dict().items()}
     message = refused(capsys, tmp_path, state)
     assert "cannot tell whether a norm's weight is gamma or gamma + 1" in message and "--gamma plus_one" in message
     run(tmp_path, state, "--gamma", "plus_one")
+
+
+@pytest.mark.parametrize("weight", [0.1, 0.4, 0.8, 1.0])
+def test_trained_gammas_of_the_new_convention_are_told(
+    tmp_path: Path, weight: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # norm weights of language models shrink rather than grow, and stay positive
+    state = {k: v * 0.2 * weight + weight - 1 if k.endswith("gamma") else v for k, v in theirs().state_dict().items()}
+    run(tmp_path, state)
+    assert "norm weights are gamma + 1" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_merging_is_rounded_once(tmp_path: Path) -> None:
+    network = theirs(finetune_scopes=("one",), lora_r=2)
+    state = {k: v.bfloat16() for k, v in network.state_dict().items()}
+    folder = run(tmp_path, state, "--scope", "one")
+    factors = [state[f"finetune_modules.one.0.2.{part}"].double() for part in "AB"]
+    fused = state["layers.0.fn.fused_attn_ff_proj.weight"].double()
+    expected = (fused[64:80] + (factors[0] @ factors[1]).t()).bfloat16()  # the value's rows
+    found = load_file(folder / "policy.safetensors")["layers.0.attn_ffn_in.weight"][64:80]
+    assert (found != expected).double().mean() < 0.01  # where float32 and float64 round apart
 
 
 @torch.no_grad()
@@ -268,12 +294,16 @@ def _wide(folder: Path) -> str:
     return str(folder / "wide")
 
 
-def test_no_code_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_code_is_run_and_a_short_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Evil:
         def __reduce__(self) -> Any:
             return (print, ("run",))
 
     assert "cannot be read safely" in refused(capsys, tmp_path, {"x": Evil()})
+    torch.save(theirs().state_dict(), tmp_path / "palm.pt")
+    (tmp_path / "palm.pt").write_bytes((tmp_path / "palm.pt").read_bytes()[:-2000])
+    assert main(["import", str(tmp_path / "palm.pt"), str(tmp_path / "imported"), "--tokenizer", "bytes"]) == 2
+    assert "palm.pt: is truncated: copy or download it again" in capsys.readouterr().err
 
 
 @torch.no_grad()

@@ -90,6 +90,20 @@ def test_a_prompt_that_is_too_long_is_named(write: Any) -> None:
     load(path, SimpleNamespace(context_length=7))
 
 
+def test_prompts_that_are_too_long_are_dropped_and_counted_where_asked_for(write: Any) -> None:
+    path = write("x.jsonl", ROWS)
+    everything = load(path).prompts()
+    with pytest.warns(UserWarning, match=r"longer than 5 tokens \(data\.overlong\): 1 row dropped \(.*x\.jsonl:2\)"):
+        data = load(path, max_prompt_length=5, overlong="drop")
+    left = data.prompts()
+    assert [row["prompt"] for row in left] == [r["prompt"] for i, r in enumerate(everything) if i != 1]
+    assert left.lengths.tolist() == [len(row["prompt_ids"]) for row in left] and max(left.lengths) <= 5
+    batch = next(iter(data.loader("train", 2)))
+    assert batch["row"].tolist() == [0, 1] and batch["prompts"] == [row["prompt"] for row in left[:2]]
+    with pytest.raises(ValueError, match=r"no row is left of the data; longer than 2 tokens"):
+        load(write("y.jsonl", ROWS[1:2]), SimpleNamespace(context_length=3), overlong="drop")
+
+
 def test_an_empty_prompt_needs_a_beginning(write: Any) -> None:
     class NoBos(ByteTokenizer):
         def __init__(self) -> None:

@@ -146,4 +146,3 @@ class Memory(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / f"memory{trainer.global_rank}.json").write_text(json.dumps(self.found))
-

@@ -334,19 +334,27 @@ def test_a_row_without_numbers_ends_alone(network: PaLM) -> None:
         PaLM.forward = original  # type: ignore[method-assign]
 
 
-def test_after_a_failure_within_a_step_those_that_wait_go_on(network: PaLM) -> None:
+@pytest.mark.parametrize("while_reading", [False, True])
+def test_after_a_failure_within_a_step_those_that_wait_go_on(network: PaLM, while_reading: bool) -> None:
     running = scheduler(network, eos_id=None, max_batch_size=2)
-    handles = [running.submit([3 + n], Sampling(max_new_tokens=5), n) for n in range(3)]
+    handles = [running.submit([3], Sampling(max_new_tokens=5), 0)]
     running.step()
-    running.network = None  # type: ignore[assignment]
+    handles += [running.submit([3 + n], Sampling(max_new_tokens=5), n) for n in (1, 2)]
+    if while_reading:
+        running._read = None  # type: ignore[assignment, method-assign]
+    else:
+        running.network = None  # type: ignore[assignment]
     with pytest.raises(TypeError):
         running.step()
+    running.__dict__.pop("_read", None)
     running.network = network
     running.abort("out of memory")
-    assert [h.finish_reason for h in handles] == ["error", "error", None] and handles[0].error == "out of memory"
+    lost = handles[: 1 + while_reading]  # one that was just being read is lost too, not forgotten
+    assert all(h.finish_reason == "error" and h.error == "out of memory" for h in lost)
     while running.step():
         pass
-    assert handles[2].tokens == alone_without_eos(network, handles[2])
+    for handle in handles[len(lost) :]:
+        assert handle.finish_reason == "length" and handle.tokens == alone_without_eos(network, handle)
 
 
 def test_the_offline_engine_keeps_its_batch_full(network: PaLM) -> None:

@@ -19,6 +19,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 from lit_palm.data.readers.places import Hub, open_rows, place_fingerprint, place_has_splits
@@ -134,7 +135,7 @@ class Reader(ABC):
             ValueError: naming file, line, key and what is expected there.
         """
         value: Any = row.columns
-        parts = re.findall(r"[^.\[\]]+", path)
+        parts = _parts(path)
         for number, part in enumerate(parts, 1):
             if isinstance(value, Mapping) and part in value:
                 value = value[part]
@@ -145,6 +146,8 @@ class Reader(ABC):
             else:
                 keys = ", ".join(map(repr, value)) if isinstance(value, Mapping) else "none"
                 raise self.off(row, path, kind, f"is missing (the keys there are {keys})")
+        if isinstance(value, float) and value != value:
+            value = None  # how pandas writes what is missing
         if value is None and null:
             return None
         if value is None:
@@ -165,6 +168,11 @@ class Reader(ABC):
             f"{row.where}: the key {path!r} {found}; {type(self).__name__} reads rows as {self.hub.name} has them, and"
             f" expects {path!r}{wanted}"
         )
+
+
+@lru_cache(maxsize=4096)
+def _parts(path: str) -> list[str]:
+    return re.findall(r"[^.\[\]]+", path)
 
 
 def check_view(reader: Reader, view: View | None, module: str) -> None:

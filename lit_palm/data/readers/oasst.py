@@ -36,8 +36,9 @@ class _Node:
 
 
 class OASST(Reader):
-    """OpenAssistant/oasst1 and oasst2: messages in rows of their own, as the hub's default, or nested in trees, as in
-    the files `*.trees.jsonl.gz`.
+    """OpenAssistant/oasst1 and oasst2: trees of messages, each with the rank that people gave it.
+
+    Read are messages in rows of their own, which the hub serves, and the nested files `*.trees.jsonl.gz`.
 
     demonstrations: the threads of a tree, from its root along the best replies to the last one of the assistant.
     preferences: the ranked replies to a message, 0 is best. prompts: every message of a prompter on these threads, with
@@ -160,7 +161,8 @@ class OASST(Reader):
         elif not self.synthetic and get("synthetic", bool, null=True):
             fault = "a model wrote the message (data.reader.synthetic)"
         identity, parent, text = get("message_id", str), get("parent_id", str, null=True), get("text", str)
-        return _Node(row, identity, parent, text, _ROLES[role], lang, get("rank", int, null=True), fault)
+        place = Row(row.where, {})  # the rest of a hundred thousand rows would take half a gigabyte
+        return _Node(place, identity, parent, text, _ROLES[role], lang, get("rank", int, null=True), fault)
 
     def _pruned(self, root: _Node, drop: Drop, top_k: int | None) -> Iterator[_Node]:
         """The tree without what is left out, if its root stays."""

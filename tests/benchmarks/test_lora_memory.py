@@ -1,0 +1,50 @@
+"""PPO with LoRA on one trunk takes at most 0.4 of the memory of PPO on four networks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.callbacks import Callback
+
+from lit_palm.models.lora import LoRA
+from lit_palm.models.palm import PaLMConfig
+from tests.benchmarks.lora_memory import compare
+from tests.modules.strategies import storage_bytes
+from tests.support import policy, prompt_data, trainer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_peak_memory_of_processes(checkpointing: bool, tmp_path: Path) -> None:
+    """30M parameters and minibatches of 1,024 tokens. Measured: 0.36; 0.22 where both recompute blocks."""
+    found = compare(tmp_path, checkpointing)
+    assert found["lora"]["peak"] <= 0.4 * found["full"]["peak"], found
+
+
+class Held(Callback):
+    """Bytes behind weights, gradients and optimiser's state after a step."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        parameters = [*pl_module.parameters(), *(p for n in pl_module.frozen.values() for p in n.parameters())]
+        states = [t for state in trainer.optimizers[0].state.values() for t in state.values()]
+        self.bytes = storage_bytes([*parameters, *(p.grad for p in parameters), *states])
+
+
+def test_what_is_held_between_steps(tmp_path: Path) -> None:
+    """The short form: without activations, of which both have as many."""
+    held = []
+    for lora in (None, LoRA(rank=8)):
+        network = PaLMConfig(d_model=256, num_layers=4, num_heads=4, head_dim=64, max_length=64)
+        seen = Held()
+        module = policy(network=network, lora=lora)
+        run = trainer(tmp_path, callbacks=[seen], enable_checkpointing=False, max_steps=1, limit_val_batches=0)
+        run.fit(module, datamodule=prompt_data(tmp_path))
+        held.append(seen.bytes)
+    one = storage_bytes(network.build().parameters())
+    assert held[0] > 8.9 * one, "three copies, two gradients, two times two moments"
+    assert held[1] < 1.5 * one and held[1] < 0.2 * held[0]
