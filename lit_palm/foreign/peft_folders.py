@@ -22,14 +22,13 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": ("none",), "lora_bias": (False, None), "modules_to_save": (None, []), "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None), "layers_pattern": (None, []), "layer_replication": (None,),
     "use_bdlora": (None, False), "alora_invocation_tokens": (None,), "arrow_config": (None,),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None,),
+    "target_parameters": (None, []), "trainable_token_indices": (None,),
 }  # fmt: skip
 
 
 def is_adapter(path: str) -> bool:
-    """Whether something local is a folder that `peft` saved."""
-    return (Path(path) / CONFIG).is_file()
+    """Whether something local is a folder that `peft` saved, and not a whole model with an adapter in it."""
+    return (Path(path) / CONFIG).is_file() and not (Path(path) / "config.json").exists()
 
 
 def _read(path: str) -> dict[str, Any]:

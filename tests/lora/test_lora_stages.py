@@ -158,6 +158,16 @@ def test_the_next_stage_starts_as_the_last_one_ended(stages: dict[str, Path], tm
     assert torch.equal(after, seen["reference"]) and (module.networks["policy"](ids) - after).abs().max() > 1e-5
 
 
+def test_sampling_from_merged_matrices_changes_no_completion(stages: dict[str, Path], tmp_path: Path) -> None:
+    """From an adapter that matters: the same tokens, and log-probabilities that those of training agree with."""
+    found = []
+    for merged in (False, True):
+        module, run = run_of(stages, tmp_path, network=str(stages["sft"]), lora=LoRA(**LORA, merge_to_sample=merged))
+        found.append(module.samples)
+        assert 0 < float(run.callback_metrics["startup/engine_logratio"]) < 1e-5
+    assert found[0] == found[1] and len(found[0]) == 8
+
+
 @torch.no_grad()
 def test_a_reward_model_on_other_weights_stands_beside_the_trunk(stages: dict[str, Path], tmp_path: Path) -> None:
     torch.manual_seed(1)
@@ -274,6 +284,14 @@ def test_wrong_settings_are_one_line(
     assert main(["fit", "--config", str(configuration(tmp_path / "run", kind, 1, **fields))]) != 0
     err = capsys.readouterr().err
     assert reason in err and "Traceback" not in err
+
+
+def test_a_plan_says_that_it_does_not_know(
+    stages: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = configuration(tmp_path / "run", "LitLanguageModel", 1, network=str(stages["base"]))
+    assert main(["plan", "--config", str(path), "--device=a100-80gb"]) != 0
+    assert "model.lora: the formulas of a plan" in capsys.readouterr().err
 
 
 def test_missing_packages_are_named_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
