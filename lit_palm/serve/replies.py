@@ -121,7 +121,8 @@ class Reply:
         made = []
         for row, own in by_row.items():
             text, tokens, finish = self.choices[row].take(own)
-            shown = bool(tokens) and (self.num_top is not None or self.token_ids)
+            told = tokens if self.token_ids else [t for t in tokens if t.id != self.tokenizer.eos_id]
+            shown = bool(told) and (self.num_top is not None or self.token_ids)
             if text or shown:
                 content: dict[str, Any] = {"delta": {"content": text}} if self.chat else {"text": text}
                 made.append(self._chunk(row, content, tokens if shown else None, text))

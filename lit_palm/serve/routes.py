@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -142,32 +142,32 @@ class OpenAIRoutes(LitSpec):
         if body.stream:
             usage = bool(body.stream_options and body.stream_options.include_usage)
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-            return StreamingResponse(
-                self._stream(stream, reply, usage), media_type="text/event-stream; charset=utf-8", headers=headers
+            chunks = self._stream(stream, reply, usage)
+            return _Streamed(
+                chunks,
+                lambda: self.worker.close(stream),
+                media_type="text/event-stream; charset=utf-8",
+                headers=headers,
             )
         return await self._whole(request, stream, reply)
 
     async def _stream(self, stream: Stream, reply: Reply, usage: bool) -> AsyncIterator[bytes]:
         """The chunks of an answer; what one step has drawn for it goes out as one piece."""
         left = len(stream.rows)
-        try:
-            opening = b"".join(map(sse, reply.opening()))
-            if opening:
-                yield opening
-            while left:
-                events = await stream.next()
-                left -= sum(event.token is None for event in events)
-                fault = _fault(events)
-                if fault is not None:
-                    yield sse(fault.body())
-                    break
-                made = b"".join(map(sse, reply.chunks(events)))
-                if made:
-                    yield made
-            else:
-                yield (sse(reply.closing()) if usage else b"") + sse("[DONE]")
-        finally:  # also when the client has gone: its rows are free for others
-            self.worker.close(stream)
+        opening = b"".join(map(sse, reply.opening()))
+        if opening:
+            yield opening
+        while left:
+            events = await stream.next()
+            left -= sum(event.token is None for event in events)
+            fault = _fault(events)
+            if fault is not None:
+                yield sse(fault.body())
+                return
+            made = b"".join(map(sse, reply.chunks(events)))
+            if made:
+                yield made
+        yield (sse(reply.closing()) if usage else b"") + sse("[DONE]")
 
     async def _whole(self, request: Request, stream: Stream, reply: Reply) -> Response:
         """The answer at once, unless the client goes first."""
@@ -289,6 +289,20 @@ class OpenAIRoutes(LitSpec):
     def encode_response(self, output: Any, context_kwargs: Any = None) -> Any:
         """Unused, as `decode_request`."""
         raise NotImplementedError
+
+
+class _Streamed(StreamingResponse):
+    """A stream that tells when it is over, also when its client went before the first chunk."""
+
+    def __init__(self, chunks: AsyncIterator[bytes], close: Callable[[], None], **options: Any) -> None:
+        super().__init__(chunks, **options)
+        self.close = close
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.close()
 
 
 def _fault(events: list[Event]) -> APIError | None:

@@ -6,7 +6,7 @@ workers are not used, because three things that a server of token streams owes i
 - a client that leaves must free its row. Requests reach a worker process through a queue that nothing can be taken out
   of again; a stream would run on to its last token for nobody.
 - all rows advance together, so a step of 64 streams is 64 messages through a queue kept by a third process, each with a
-  wake-up of its own (about 0.2 ms on the machine this was written on, a step takes 20). Here a step is one call.
+  wake-up of its own. Here a step is one call.
 - SIGTERM must let streams end. `LitServer.run` closes the workers' queues before the connections that wait for them.
 
 The continuous-batching engine is one Python object that releases the interpreter's lock in every operation of torch, so
@@ -124,7 +124,7 @@ class PalmServer(LitServer):
     """
 
     def __init__(self, routes: OpenAIRoutes, api_key: str | None, max_body: int, drain_seconds: float) -> None:
-        self.worker, self.drain_seconds = routes.worker, drain_seconds
+        self.worker, self.drain_seconds, self.open = routes.worker, drain_seconds, api_key is None
         self.workers_setup_status = {"engine": WorkerSetupStatus.STARTING}
         super().__init__(
             PalmAPI(routes),
@@ -174,6 +174,8 @@ class PalmServer(LitServer):
             ValueError: the address cannot be listened at.
         """
         listener = _listen(host, port)
+        if self.open and host not in ("127.0.0.1", "::1", "localhost"):
+            print(f"lit-palm: warning: whoever reaches {host} may ask: give --api_key", file=sys.stderr)
         name = f"[{host}]" if ":" in host else host
         self.greeting = f"serving {self.model_metadata['id']} at http://{name}:{listener.getsockname()[1]}/v1"
         config = uvicorn.Config(

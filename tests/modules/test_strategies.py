@@ -52,7 +52,7 @@ def processes(folder: Path, name: str, *jobs: str, timeout: float = 400) -> Path
 def check(job: str, folder: Path, here: Path) -> None:
     """The losses, gradient norms and weights of a job are those of one process."""
     plain = job.replace("+layers", "").replace("+hybrid", "").replace("+offloaded", "").replace("+whole", "")
-    plain = plain.replace("+offload", "").replace("+recomputed", "")
+    plain = plain.replace("+offload", "").replace("+recomputed", "").replace("+continuous", "")
     _, _, one = train(plain, here)
     many = torch.load(folder / f"{job}.pt")
     assert len(one.losses) == len(many["losses"]) >= 6
@@ -87,7 +87,9 @@ def test_twenty_steps_whole(name: str, tmp_path: Path) -> None:
     [
         ("four", ("language_model+20+hybrid",)),
         ("sharded", ("policy+20+offloaded", "policy+20+whole", "language_model+20+offload", "policy+20+recomputed")),
+        ("sharded", ("policy+20+continuous",)),
         ("fsdp1", ("policy+20+offloaded", "language_model+20+recomputed")),
+        ("tensor", ("policy+20+continuous",)),
     ],
 )
 def test_settings_change_memory_and_nothing_else(name: str, jobs: tuple[str, ...], tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from lit_palm.callbacks import LastCheckpoint
 from lit_palm.data import PreferenceData
 from lit_palm.modules.reference import ReferenceUpdate
 from lit_palm.modules.sharding import Sharding
+from lit_palm.rollout.continuous_engine import ContinuousEngine
 from lit_palm.testing.rows import write_rows
 from tests.modules.strategies import PROCESSES, ROW_GROUPS, Memory, Trajectory, strategy
 from tests.support import (
@@ -45,6 +46,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "offloaded": {"sharding": Sharding(frozen="offloaded")},
     "offload": {"sharding": Sharding(offload=True)},
     "hybrid": {"sharding": Sharding(shard_size=2)},
+    "continuous": {"engine": ContinuousEngine(max_batch_size=3)},
     "recomputed": {"network": {"activation_checkpointing": True}},
     "unfrozen": {"unfrozen_layers": 1},
     "deep": {"network": {"num_layers": 3}},
