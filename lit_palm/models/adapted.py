@@ -126,7 +126,7 @@ class AdaptedNetwork(Network):
         are of 16 bits, which would lose small updates, quantised or spread over processes, nothing is done.
         """
         layers = [layer for layer in self._layers if role in layer.lora_A]
-        weights = [layer.get_base_layer().weight for layer in layers]
+        weights: list[Any] = [layer.get_base_layer().weight for layer in layers]
         wide = all(type(w) is nn.Parameter and w.dtype in (torch.float32, torch.float64) for w in weights)
         if not wide or isinstance(self, FSDPModule):
             yield

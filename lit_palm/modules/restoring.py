@@ -15,6 +15,7 @@ kept in the checkpoint, and used wherever one form becomes the other.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,7 @@ def _load_whole(path: str) -> dict[str, Any]:
 def _load_sharded(trainer: Trainer, path: str, header: dict[str, Any]) -> dict[str, Any]:
     """Fill this rank's part of the model and of the optimiser; returns the rest."""
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
         get_model_state_dict,
@@ -127,15 +129,18 @@ def _load_sharded(trainer: Trainer, path: str, header: dict[str, Any]) -> dict[s
             set_optimizer_state_dict(model, optimizer, _by_name(state, own), options=options)
         return loaded
     meta = _meta(path)
+    # flattened, parameters of which FSDP1 leaves this rank nothing would not be asked for, which torch takes for a sign
+    # of a checkpoint of its version 2.3
+    planner = partial(DefaultLoadPlanner, flatten_sharded_tensors=False)
     reader = shard_reader(path)
     keys = {key.partition(".")[0] for key in reader.read_metadata().state_dict_metadata}
     key = "model" if "model" in keys else "state_dict"
     weights = {key: get_model_state_dict(model)}
-    dcp.load(weights, storage_reader=reader)
+    dcp.load(weights, storage_reader=reader, planner=planner())
     set_model_state_dict(model, weights[key])
     for number, optimizer in enumerate(optimizers):
         state = {f"optimizer_{number}": get_optimizer_state_dict(model, optimizer)}
-        dcp.load(state, storage_reader=shard_reader(path))
+        dcp.load(state, storage_reader=shard_reader(path), planner=planner())
         set_optimizer_state_dict(model, optimizer, state[f"optimizer_{number}"])
     return meta
 

@@ -51,9 +51,7 @@ def main(folder: Path, name: str, base: str, reward: str) -> None:
     seen = train(folder, name, base, reward, "whole", None, "auto")
     if not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
         (folder / "losses.json").write_text(json.dumps([seen.losses, seen.norms]))
-    # FSDP1 goes on from the file of one process: two of its ranks cannot read the folders of shards that they write
-    middle = folder.parent / "one" / "whole" if name == "fsdp1" else folder / "whole"
-    middle = middle / f"step-{MIDDLE:08d}.ckpt"
+    middle = folder / "whole" / f"step-{MIDDLE:08d}.ckpt"
     train(folder, name, base, reward, "resumed", middle, "layers" if name == "sharded" else "auto")
 
 
