@@ -134,6 +134,12 @@ class Worker:
             self._call(self._settle, error)
             return
         self._call(self._settle, None)
+        try:
+            self._work(scheduler)
+        except BaseException as error:  # nobody would answer any more: the server ends with it
+            self._call(self._settle, error)
+
+    def _work(self, scheduler: Scheduler) -> None:
         going = True
         while going:
             going = self._listen(scheduler)

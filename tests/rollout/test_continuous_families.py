@@ -13,12 +13,12 @@ from lit_palm.modules.weights import load_network
 from lit_palm.rollout.continuous import Handle, Scheduler
 from lit_palm.rollout.engine import CachedEngine
 from lit_palm.rollout.sampling import Sampling
-from tests.families import write_family
+from tests.families import FAMILIES, write_family
 
 PAD, EOS = 0, 1
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "mistral", "falcon"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_arrivals_get_the_tokens_they_would_get_alone(tmp_path: Path, family: str) -> None:
     network = load_network(write_family(tmp_path, family))
     assert isinstance(network.eval(), Network)
