@@ -11,6 +11,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PLUGINS := $(VENV)/.plugins
 PACKAGES := $(wildcard plugins/lit-palm-*)
+# tests of lit_palm that run whole only with the packages
+WITH_PACKAGES := tests/benchmarks/test_alignment.py tests/modules/test_plugin_strategies.py tests/test_coming_from.py \
+	tests/foreign/test_aligning_packages.py tests/lora/test_lora_stages.py::test_offline_objectives_need_no_change \
+	tests/lora/test_lora_stages.py::test_objectives_that_sample_groups_need_no_change
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 # two workers, each with one thread
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -40,7 +44,7 @@ test: install
 	$(PYTEST)
 
 test-plugins: install-plugins
-	$(PYTEST) $(PACKAGES:%=%/tests) tests/benchmarks/test_alignment.py tests/modules/test_plugin_strategies.py
+	$(PYTEST) $(PACKAGES:%=%/tests) $(WITH_PACKAGES)
 
 check: install
 	$(BIN)/ruff check .

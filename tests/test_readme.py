@@ -49,7 +49,10 @@ def test_every_command_is_run_by_somebody(command: str) -> None:
     who = who_runs(command)
     assert who in ("ci", "demo", "here", "elsewhere")
     if who == "here":  # what nobody has run before must not write where the demo's results are
-        words = [word for word in shlex.split(command, comments=True) if not re.match(r"[A-Z_]+=", word)]
+        last = re.sub(r"^echo [^|]*\| ", "", command)
+        words = [word for word in shlex.split(last, comments=True) if not re.match(r"[A-Z_]+=", word)]
+        if words[:2] == ["python", "-c"]:  # makes a file that the next command reads
+            return
         assert words[0] == "lit-palm"
         assert words[1] in {"fit", "validate", "test", "predict", *cli.EXTRA_VERBS}
         config = " ".join(word for word in words if word.startswith("configs/demo/"))
@@ -169,7 +172,8 @@ def test_plugins_are_those_of_a_real_listing() -> None:
     brought = {
         (name, package["name"], package["version"])
         for package in packages
-        for name in package["entry-points"]["lit_palm.objectives"]
+        for group in package["entry-points"].values()
+        for name in group
     }
     assert {(line[0], *line[2:4]) for line in lines[1:] if line[2] != "lit_palm"} == brought
 

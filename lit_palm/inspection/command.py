@@ -85,6 +85,9 @@ def main(argv: Sequence[str], parse_fit: ParseFit) -> int:
         print(json.dumps(inspection.record(options.rows), indent=2, ensure_ascii=False))
     else:
         show(inspection, options.rows, sys.stdout)
+    if inspection.error is not None:
+        sys.stdout.flush()
+        raise inspection.error
     return 0
 
 
@@ -94,9 +97,9 @@ def _data_flags(reader: str, path: Sequence[str], view: str | None) -> list[str]
 
     modules = {str(name): module for name, module in MODULES.items()}
     views = [str(name) for name in _reader_class(reader).views()]
-    view = view or next(name for name in ("preferences", *views) if name in views)
+    view = view or next((name for name in ("preferences", *views) if name in views), "preferences")
     if view not in views:
-        raise ValueError(f"--view {view}: {reader} has {', '.join(views)}")
+        raise ValueError(f"--view {view}: {reader} has {', '.join(views) or 'no view'}")
     return [f"--data={modules[view]}", f"--data.reader={reader}", *(f"--data.train={place}" for place in path)]
 
 

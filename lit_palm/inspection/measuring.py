@@ -87,7 +87,14 @@ class Inspection:
         self.left_out = counted(left_out)
         self.faults: list[str] = []
         self.tokenizer = self._find_tokenizer(module)
-        self.elements = self._tokenised() if self.tokenizer is not None else None
+        self.elements: Any = None
+        self.error: ValueError | None = None
+        """What stops a run once its rows are tokens, such as one that is too long; counts and characters are known."""
+        if self.tokenizer is not None:
+            try:
+                self.elements = self._tokenised()
+            except ValueError as error:
+                self.error = error
 
     # ---- what is said
 
@@ -163,6 +170,7 @@ class Inspection:
             "limit": self.limit,
             "tokenizer": None if self.tokenizer is None else type(self.tokenizer).__name__,
             "notes": self.notes,
+            "error": None if self.error is None else str(self.error),
             "rows": [
                 {**row, "segments": [{"text": s.text, "learned": s.learned} for s in row["segments"]]}
                 for row in self.rows(count)
@@ -225,14 +233,13 @@ def _texts(sample: Any) -> dict[str, list[list[str]]]:
 def _plain(sample: Any) -> dict[str, Any]:
     """A sample without a tokenizer and its template: who says what."""
     if isinstance(sample, Group):
-        answers = [_text(answer.completion) for answer in sample.answers]
+        answers = [[*_turns(answer.completion, True), Segment("\n", False)] for answer in sample.answers]
         ranks = {"rank": [answer.rank for answer in sample.answers]} if sample.answers[0].rank is not None else {}
-        return {"segments": [Segment(_text(sample.prompt), False), *(Segment(a, True) for a in answers)], **ranks}
+        return {"segments": [*_turns(sample.prompt, False), *(s for a in answers for s in a)], **ranks}
     if isinstance(sample, Conversation):
-        parts = [(sample.prompt, False), (sample.completion, True)]
-        return {"segments": [Segment(_text(turn), learned) for turn, learned in parts if turn]}
+        return {"segments": [*_turns(sample.prompt, False), *_turns(sample.completion, True)]}
     if hasattr(sample, "prompt"):
-        return {"segments": [Segment(_text(sample.prompt), False)], **_others(sample.columns)}
+        return {"segments": _turns(sample.prompt, False), **_others(sample.columns)}
     return {"segments": [Segment(sample.text or str(sample.tokens), True)]}
 
 
@@ -241,7 +248,13 @@ def _others(columns: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in columns.items() if name not in ("prompt", "messages", "segments")}
 
 
-def _text(turn: Turn) -> str:
+def _turns(turn: Turn, learned: bool) -> list[Segment]:
+    """A string, or a line for each message; of what is learned from, what the assistant says."""
     if isinstance(turn, str):
-        return turn
-    return "\n".join(f"{message['role']}: {message['content']}" for message in turn)
+        return [Segment(turn, learned)] if turn else []
+    lines = []
+    for message in turn:
+        lines.append(Segment(f"{message['role']}: ", False))
+        lines.append(Segment(str(message["content"]), learned and message["role"] == "assistant"))
+        lines.append(Segment("\n", False))
+    return lines

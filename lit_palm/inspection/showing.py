@@ -40,7 +40,7 @@ def show(inspection: Inspection, rows: int, out: TextIO) -> None:
         print(f"  the longest row may have {inspection.limit:,} tokens", file=out)
     shown = inspection.rows(rows)
     if shown:
-        kind = "as trained on" if inspection.tokenizer is not None else "as read, before the chat template"
+        kind = "as trained on" if inspection.elements is not None else "as read, before the chat template"
         learned = any(segment.learned for row in shown for segment in row["segments"])
         print(f"\nrows, {kind}" + (f"; learned from is what stands in {opening}{closing}" if learned else ""), file=out)
     before = None
@@ -65,9 +65,11 @@ def _head(inspection: Inspection) -> list[str]:
     in_splits = has_splits(source) if data.reader is None else data.reader.has_splits(source)
     place = f"{source} ({split})" if in_splits else source
     lines = [f"{type(data).__name__}, {stage}: {place}{reader}", ""]
-    lines += [f"rows read   {inspection.rows_read:,}", f"used        {used}"]
-    if inspection.elements is not None and len(inspection.elements) != inspection.num_samples:
-        lines.append(f"trained on  {len(inspection.elements):,} rows")
+    others = inspection.elements is not None and len(inspection.elements) != inspection.num_samples
+    lines += [f"rows read   {inspection.rows_read:,}", f"{'parsed' if others else 'used':12}{used}"]
+    if others:
+        packed = getattr(data, "pack", False)
+        lines.append(f"trained on  {len(inspection.elements):,} {'packed rows' if packed else 'of them'}")
     return lines
 
 
@@ -87,7 +89,7 @@ def _list(title: str, lines: list[str], width: int, out: TextIO) -> None:
 
 def _marked(segments: list[Segment], opening: str, closing: str) -> str:
     """The text of a row with brackets; of a long one the beginning and the end."""
-    text = "".join(f"{opening}{s.text}{closing}" if s.learned else s.text for s in segments)
+    text = "".join(f"{opening}{s.text}{closing}" if s.learned else s.text for s in segments).rstrip("\n")
     if len(text) <= SHOWN:
         return text
     half = SHOWN // 2

@@ -16,16 +16,17 @@ import functools
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lit_palm.models.base import Cache, Network, ScalarNetwork
-from lit_palm.models.lora import LoRA, is_transposed, targets_of
+from lit_palm.models.lora import LoRA, is_transposed, merge, targets_of
 
-__all__ = ["PARTS", "AdaptedNetwork", "Head", "ScalarView", "View", "is_view", "split_name"]
+__all__ = ["PARTS", "AdaptedNetwork", "Head", "ScalarView", "View", "is_view", "sampling_from", "split_name"]
 
 PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")
 """What peft calls the weights of an adapter."""
@@ -98,6 +99,7 @@ class AdaptedNetwork(Network):
         self.heads = nn.ModuleDict({role: Head(trunk.config.d_model, how) for role, how in (heads or {}).items()})
         self._layers = [module for module in trunk.modules() if isinstance(module, LoraLayer)]
         self._role: str | None = ""
+        self._merged: str | None = None
         self._activate(None)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(self.is_kept(name))
@@ -115,7 +117,41 @@ class AdaptedNetwork(Network):
         finally:
             self._activate(before)
 
+    @contextmanager
+    @torch.no_grad()
+    def merged(self, role: str) -> Iterator[None]:
+        """Passes of a role in here, and no others, find its adapter put into the matrices, for the memory of a copy.
+
+        The matrices themselves are not touched, so that they are afterwards what they were, to the last bit. Where they
+        are of 16 bits, which would lose small updates, quantised or spread over processes, nothing is done.
+        """
+        layers = [layer for layer in self._layers if role in layer.lora_A]
+        weights = [layer.get_base_layer().weight for layer in layers]
+        wide = all(type(w) is nn.Parameter and w.dtype in (torch.float32, torch.float64) for w in weights)
+        if not wide or isinstance(self, FSDPModule):
+            yield
+            return
+        originals = [weight.data for weight in weights]
+        try:
+            for layer, weight in zip(layers, weights, strict=True):
+                weight.data = self._whole(layer, weight.data, role)
+            self._merged = role
+            yield
+        finally:
+            self._merged = None
+            for weight, original in zip(weights, originals, strict=True):
+                weight.data = original
+
+    def _whole(self, layer: Any, weight: Tensor, role: str) -> Tensor:
+        """The matrix of a layer with the adapter of a role in it."""
+        lora = self.adapters[role]
+        magnitude = layer.lora_magnitude_vector[role].weight if lora.dora else None
+        a, b = layer.lora_A[role].weight, layer.lora_B[role].weight
+        return merge(weight, a, b, lora.scale, magnitude, is_transposed(layer.get_base_layer()))
+
     def _activate(self, role: str | None) -> None:
+        if self._merged is not None:
+            role = None  # the adapter is in the matrices
         if role == self._role:
             return
         assert role is None or role in self.adapters, f"no adapter is called {role}"
@@ -148,6 +184,7 @@ class AdaptedNetwork(Network):
 
     def forward(self, tokens: Tensor, *, role: str | None = None, **options: Any) -> Any:
         """See `Network.forward`; with the adapter of a role."""
+        assert self._merged in (None, role), "the matrices are those of another role"
         quiet = self.trunk.training and role not in self.trained
         if quiet:
             self.trunk.eval()
@@ -303,3 +340,11 @@ class ScalarView(ScalarNetwork):
 def is_view(network: nn.Module) -> bool:
     """Whether a network is a view of one that others share."""
     return isinstance(network, View | ScalarView)
+
+
+def sampling_from(network: nn.Module) -> AbstractContextManager[None]:
+    """What completions of a network are sampled in: its adapter is merged, if its settings say so."""
+    if isinstance(network, View) and network.role is not None and network.shared is network.adapted:
+        if network.adapted.adapters[network.role].merge_to_sample:
+            return network.adapted.merged(network.role)
+    return nullcontext()

@@ -52,6 +52,10 @@ class LoRA:
     quantize: Bits | None = None
     """Keep the frozen matrices in 4 bits (NF4; QLoRA, Dettmers et al. 2023) or 8; needs bitsandbytes."""
 
+    merge_to_sample: bool = False
+    """Put the update into the matrices while completions are sampled: quicker, for a copy of the adapted matrices in
+    memory meanwhile. Only where they are float32, not quantised, and not spread over processes."""
+
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"lora.rank is {self.rank}: set it to at least 1; 16 is usual")

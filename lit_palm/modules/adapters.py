@@ -24,13 +24,12 @@ from lit_palm.models.adapted import split_name
 from lit_palm.models.base import NetworkConfig
 from lit_palm.models.lora import LoRA, is_transposed, last_names, merge
 from lit_palm.models.weights import CHUNK, Source, named_weights
-from lit_palm.modules.checkpoint import Checkpoint
+from lit_palm.modules.checkpoint import BASE_VARIABLE, Checkpoint
 from lit_palm.modules.layouts import open_weights
 from lit_palm.modules.storage import is_local
 from lit_palm.modules.weights import Below, Blueprint, blueprint
 
 __all__ = [
-    "BASE_VARIABLE",
     "HEAD",
     "Adapted",
     "Base",
@@ -43,9 +42,6 @@ __all__ = [
     "trunk_of",
     "whole_weight",
 ]
-
-BASE_VARIABLE = "LIT_PALM_BASE"
-"""Environment variable that says where the base of LoRA checkpoints is now."""
 
 HEAD = ("head.weight", "head.bias", "offset", "scale")
 """What a scalar network has over its trunk."""
@@ -77,7 +73,7 @@ class Base:
             assert self.seed is not None
             return Blueprint(config, self.seed, where=f"the base of {where}")
         path = os.environ.get(BASE_VARIABLE) or self.path
-        if is_local(path) and not os.path.exists(path):
+        if os.path.isabs(path) and not os.path.exists(path):
             raise ValueError(
                 f"{where}: is a LoRA checkpoint on the weights of {path}, which does not exist: put that back, or say "
                 f"where it is now with the environment variable {BASE_VARIABLE}"
@@ -114,7 +110,8 @@ def base_of(found: Blueprint) -> Base:
         return found.adapted.base
     if found.stored is None:
         return Base(None, seed=found.seed)
-    path = os.path.abspath(found.where) if is_local(found.where) else found.where
+    # a name on the hub or a URL stays what it is
+    path = os.path.abspath(found.where) if is_local(found.where) and os.path.exists(found.where) else found.where
     return Base(path, found.role or "policy")
 
 
@@ -289,6 +286,10 @@ class Merged(Source):
         transposed = is_transposed(trunk.empty.get_submodule(layer))
         magnitude = self._of(f"{layer}.lora_magnitude_vector.weight") if lora.dora else None
         a, b = (self._of(f"{layer}.lora_{part}.weight") for part in "AB")
+        if len(a) != lora.rank:
+            raise ValueError(
+                f"{self.found.where}: the adapter of {layer} has rank {len(a)}, not {lora.rank} as it says"
+            )
         return merge(whole_weight(trunk.source, name), a, b, lora.scale, magnitude, transposed)
 
     def _of(self, name: str) -> Tensor:

@@ -44,7 +44,16 @@ import torch
 from torch import Tensor, nn
 
 from lit_palm.data.tokenizers import Tokenizer, tokenizer_from_dict
-from lit_palm.foreign import fetch, foreign_header, foreign_weights, is_foreign
+from lit_palm.foreign import (
+    adapter_base,
+    adapter_entry,
+    adapter_weights,
+    fetch,
+    foreign_header,
+    foreign_weights,
+    is_adapter,
+    is_foreign,
+)
 from lit_palm.models.base import Network, NetworkConfig, ScalarNetwork
 from lit_palm.modules.layouts import (
     READ_RETRIES,
@@ -60,6 +69,7 @@ from lit_palm.modules.safetensors_file import write_safetensors
 from lit_palm.modules.storage import is_local, local_path, resolve, retrying
 
 __all__ = [
+    "BASE_VARIABLE",
     "FORMAT",
     "Checkpoint",
     "Role",
@@ -73,6 +83,8 @@ __all__ = [
 ]
 
 FORMAT = 1
+BASE_VARIABLE = "LIT_PALM_BASE"
+"""Environment variable that says where the frozen weights below LoRA are now."""
 Role = Literal["policy", "value", "reward"]
 
 
@@ -91,7 +103,13 @@ class Checkpoint:
         return tokenizer_from_dict(data) if data else None
 
     def weights(self, role: str) -> dict[str, Tensor]:
-        """Weights of one network, without their prefix."""
+        """Weights of one network, without their prefix.
+
+        Raises:
+            ValueError: it holds an adapter, and the weights below it are elsewhere.
+        """
+        if "lora" in self.header.get("networks", {}).get(role, {}):
+            raise ValueError(f"{self.path}: holds an adapter as {role}; load_network gives the whole network")
         prefix = f"networks.{role}."
         return {k.removeprefix(prefix): v for k, v in self.state_dict.items() if k.startswith(prefix)}
 
@@ -146,7 +164,8 @@ def _inner(value: Any, where: str) -> Any:
 def read_checkpoint(path: str | os.PathLike[str], header_only: bool = False) -> Checkpoint:
     """Read a checkpoint file, a sharded directory or an exported folder, from disk or any fsspec URL.
 
-    What other tools wrote reads as a checkpoint too: a Hugging Face folder, a GGUF file, or a name on the hub.
+    What other tools wrote reads as a checkpoint too: a Hugging Face folder, a GGUF file, a folder of `peft`, or a name
+    on the hub.
 
     Args:
         path: what to read.
@@ -157,6 +176,8 @@ def read_checkpoint(path: str | os.PathLike[str], header_only: bool = False) -> 
     """
     path = resolve(path)
     path = fetch(path) or path
+    if is_local(path) and is_adapter(local_path(path)):
+        return _adapter(local_path(path), header_only)
     if is_local(path) and is_foreign(local_path(path)):
         weights = {} if header_only else dict(foreign_weights(local_path(path)))
         return Checkpoint(local_path(path), foreign_header(local_path(path)), weights)
@@ -184,6 +205,18 @@ def read_checkpoint(path: str | os.PathLike[str], header_only: bool = False) -> 
             f"this version reads format {FORMAT}. Install the version that wrote it."
         )
     return Checkpoint(path, header, loaded.get("state_dict", {}))
+
+
+def _adapter(path: str, header_only: bool) -> Checkpoint:
+    """A folder of `peft` as a LoRA checkpoint: what it stands on says the network and the tokeniser."""
+    entry, base = adapter_entry(path), adapter_base(path)
+    header = dict(read_checkpoint(os.environ.get(BASE_VARIABLE) or base, header_only=True).header)
+    network = header["networks"].get("policy")
+    if network is None:
+        raise ValueError(f"{path}: stands on {base}, which is no language model")
+    entry["base"] = {"path": base, "role": "policy", "seed": None, "fingerprint": None}
+    header |= {"kind": "language_model", "networks": {"policy": network | {"lora": entry}}}
+    return Checkpoint(path, header, {} if header_only else dict(adapter_weights(path)))
 
 
 def load_checkpoint_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

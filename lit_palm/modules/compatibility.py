@@ -29,13 +29,14 @@ MODULES: dict[str, str] = {"language_model": "LitLanguageModel", "reward": "LitR
 """Which module runs objectives of a kind."""
 
 
-def check_objective(objective: Objective, module: str, kind: Kind) -> None:
+def check_objective(objective: Objective, module: str, kind: Kind, lora: bool = False) -> None:
     """Refuse an objective that a module cannot run.
 
     Args:
         objective: what to optimise.
         module: name of the module's class.
         kind: the objectives it runs.
+        lora: it trains adapters.
 
     Raises:
         ValueError: the objective is of another kind, or needs what nothing provides.
@@ -49,6 +50,11 @@ def check_objective(objective: Objective, module: str, kind: Kind) -> None:
         raise ValueError(
             f"{module} runs objectives of kind {kind!r}; {name} is of kind {objective.kind!r}: use "
             f"{MODULES[objective.kind]}"
+        )
+    if lora and objective.extras:
+        raise ValueError(
+            f"{name} trains a network of its own, with parts that adapters would freeze: leave model.lora out; "
+            "model.unfrozen_layers trains its topmost blocks alone"
         )
     unknown = sorted(objective.needs - set(get_args(Need)))
     if unknown:

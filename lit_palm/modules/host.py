@@ -91,7 +91,7 @@ class LitModule(SpreadModule):
         if lora is not None and unfrozen_layers is not None:
             raise ValueError("model.lora trains adapters and freezes all blocks: leave model.unfrozen_layers out")
         self.lora, self.unfrozen_layers = lora, unfrozen_layers
-        check_objective(objective, type(self).__name__, self.kind)
+        check_objective(objective, type(self).__name__, self.kind, lora is not None)
         self.network = network
         self.objective = objective
         self.optimizer = optimizer

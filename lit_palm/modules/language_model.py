@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from lit_palm.models.adapted import sampling_from
 from lit_palm.models.base import Network, NetworkConfig
 from lit_palm.models.logprobs import TokenLogProbs
 from lit_palm.models.lora import LoRA
@@ -169,7 +170,7 @@ class LitLanguageModel(LitModule):
         assert self.tokenizer is not None
         ids = [self.tokenizer.prefix + self.tokenizer.encode(p) for p in prompts]
         seeds = row_seeds(self.sample_seed, 0, torch.arange(len(ids)))
-        with self.uneven_passes():
+        with self.uneven_passes(), sampling_from(self.network_of("policy")):
             generation = self.engine.generate(
                 cast(Network, self.network_of("policy")),
                 [torch.tensor(i) for i in ids],

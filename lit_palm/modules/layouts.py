@@ -21,7 +21,7 @@ import fsspec
 import torch
 from torch import Tensor
 
-from lit_palm.foreign import foreign_weights, is_foreign
+from lit_palm.foreign import adapter_weights, foreign_weights, is_adapter, is_foreign
 from lit_palm.modules.storage import Place, is_local, local_path, retrying
 from lit_palm.parallel.tensor import Joined
 
@@ -222,7 +222,9 @@ class _LazyShards(Mapping[str, Tensor]):
 def open_weights(path: str) -> Iterator[Mapping[str, Tensor]]:
     """The weights of a checkpoint by name, read when they are asked for where they are on a disk."""
     filesystem, inner = fsspec.core.url_to_fs(path)
-    if is_local(path) and is_foreign(local_path(path)):
+    if is_local(path) and is_adapter(local_path(path)):
+        yield adapter_weights(local_path(path))
+    elif is_local(path) and is_foreign(local_path(path)):
         yield foreign_weights(local_path(path))
     elif not filesystem.isdir(inner):
         yield load_file(path)["state_dict"]  # a file on a disk is mapped into memory

@@ -89,7 +89,8 @@ class Roles:
             trained: it is trained.
         """
         if found.adapted is not None:
-            lora = dataclasses.replace(found.adapted.lora, dropout=lora.dropout, quantize=lora.quantize)
+            free = {name: getattr(lora, name) for name in ("dropout", "quantize", "merge_to_sample")}
+            lora = dataclasses.replace(found.adapted.lora, **free)
             weights: Any = found.adapted.weights
         else:
             whole = found.pooling is not None and found.stored is not None and not found.trunk_only

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lit_palm.models.adapted import sampling_from
 from lit_palm.models.base import Network
 from lit_palm.modules.startup import check_first_ratio
 from lit_palm.rollout.collector import annotate, assemble, merge, prompt_order, take
@@ -255,15 +256,16 @@ def sample(
     tokenizer, policy = module.ready_tokenizer, cast(Network, module.network_of("policy"))
     ids = [p["prompt_ids"] for p in prompts]
     start = time.perf_counter()
-    generation = module.engine.generate(
-        policy,
-        ids,
-        module.sampling,
-        row_seeds(module.rollout.seed, stream, rows),
-        pad_id=tokenizer.pad_id,
-        eos_id=tokenizer.eos_id,
-        decode=tokenizer.decode,
-    )
+    with sampling_from(policy):
+        generation = module.engine.generate(
+            policy,
+            ids,
+            module.sampling,
+            row_seeds(module.rollout.seed, stream, rows),
+            pad_id=tokenizer.pad_id,
+            eos_id=tokenizer.eos_id,
+            decode=tokenizer.decode,
+        )
     seconds = {"time/rollout_s": time.perf_counter() - start}
     experience = assemble(ids, generation, tokenizer.pad_id, rows, rows // copies)
     experience["engine_logps"] = torch.zeros(experience["tokens"].shape, dtype=torch.float32)

@@ -112,6 +112,12 @@ class _Shared(Source):
             if there is not None and tuple(there) != shape:
                 raise ValueError(f"{adapter.where}: {own} is {tuple(there)} there, {shape} here: is its rank another?")
 
+        for role, names in self.stored.items():
+            places = {split[1] for name in self.shapes if (split := split_name(name)) and split[0] == role}
+            lost = sorted(name for name in names - places if name not in HEAD)
+            if lost:
+                raise ValueError(f"{found.adapters[role].where}: has {lost[0]}, which the network has no place for")
+
     def has_adapter(self, role: str) -> bool:
         """Whether an adapter starts with stored weights, and not only its head."""
         return any(".lora_" in name for name in self.stored[role])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,3 @@ def test_fine_tuning_reward_and_ppo(family: str, tmp_path: Path) -> None:
     for stage in ("sft", "reward", "ppo"):
         checkpoint = check_stage(stage, network, data, tmp_path / stage)
         check_export(checkpoint, tmp_path / f"{stage}-exported", "reward" if stage == "reward" else "policy")
-
-
-@pytest.mark.skipif(find_spec("lit_palm_dpo") is None, reason="needs the packages of plugins/: make install-plugins")
-@pytest.mark.parametrize("family", FAMILIES)
-def test_dpo_and_grpo(family: str, tmp_path: Path) -> None:
-    data, network = write_data(tmp_path / "data"), write_family(tmp_path / family, family)
-    for stage in ("dpo", "grpo"):
-        checkpoint = check_stage(stage, network, data, tmp_path / stage)
-        check_export(checkpoint, tmp_path / f"{stage}-exported", "policy")

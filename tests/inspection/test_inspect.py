@@ -164,6 +164,14 @@ def test_a_checkpoint_that_is_not_there_yet_leaves_characters(lit_palm: Run) -> 
     assert "rows, as read, before the chat template" in out and "[2]\n    p\u27e6 c\u27e7\n" in out
 
 
+def test_without_a_tokenizer_messages_are_shown_with_what_the_assistant_says_marked(lit_palm: Run) -> None:
+    trees()
+    out = shown(lit_palm, "OASST", "oasst.jsonl", "--rows=1")
+    assert out.endswith("[1] rank [0, 1]\n    user: Why 0?\n    \u27e6Because.\u27e7\n    \u27e6No.\u27e7\n")
+    out = shown(lit_palm, "OASST", "oasst.jsonl", "--view=demonstrations", "--rows=1")
+    assert out.endswith("[1]\n    user: Why 0?\n    assistant: \u27e6Because.\u27e7\n")
+
+
 def test_a_tokenizer_that_a_run_would_train_is_not_trained(lit_palm: Run) -> None:
     write_jsonl(Path("t.jsonl"), [{"text": "one two"}, {"text": "three"}])
     tokenizer = {"class_path": "BPETokenizer", "init_args": {"vocab_size": 300}}
@@ -206,6 +214,20 @@ def test_a_fault_that_would_stop_the_run_stops_it_here(lit_palm: Run) -> None:
         last = err.splitlines()[-1]
         assert status == 2 and last.startswith("lit-palm: error: ") and words in last, (arguments, err)
         assert "Traceback" not in err
+
+
+def test_what_stops_a_run_at_its_tokens_comes_after_what_is_known(lit_palm: Run) -> None:
+    """The lengths are what one needs to choose a limit by."""
+    write_jsonl(Path("x.jsonl"), [{"prompt": "p" * n, "chosen": "a", "rejected": "b"} for n in (1, 60)])
+    flags = ["--data=PreferenceData", "--data.train=x.jsonl", "--data.tokenizer=bytes", "--data.max_length=32"]
+    status, out, err = lit_palm("inspect", *flags, "--data.overlong=error")
+    assert status == 2 and "x.jsonl:2: an answer with its prompt has 63 tokens" in err.splitlines()[-1]
+    assert "used        2 prompts with 4 answers" in out and "prompt, characters                1       60" in out
+    status, out, _ = lit_palm("inspect", *flags, "--data.overlong=error", "--json")
+    assert status == 2 and "63 tokens" in json.loads(out)["error"]
+    out = shown(lit_palm, *flags, "--data.overlong=drop")
+    assert "parsed      2 prompts with 4 answers\ntrained on  1 of them\n" in out
+    assert "faults\n  longer than 32 tokens (data.overlong): 1 row dropped (x.jsonl:2)\n" in out
 
 
 def test_a_reader_of_ones_own_by_its_dotted_name(lit_palm: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +26,7 @@ from tests.support import policy, prompt_data, ranking_data, reward_model, same,
 
 # of float32 log-probabilities: a frozen matrix and its update are two sums, merged they are one
 MERGED = 1e-5
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +158,16 @@ def test_the_next_stage_starts_as_the_last_one_ended(stages: dict[str, Path], tm
     assert torch.equal(after, seen["reference"]) and (module.networks["policy"](ids) - after).abs().max() > 1e-5
 
 
+def test_sampling_from_merged_matrices_changes_no_completion(stages: dict[str, Path], tmp_path: Path) -> None:
+    """From an adapter that matters: the same tokens, and log-probabilities that those of training agree with."""
+    found = []
+    for merged in (False, True):
+        module, run = run_of(stages, tmp_path, network=str(stages["sft"]), lora=LoRA(**LORA, merge_to_sample=merged))
+        found.append(module.samples)
+        assert 0 < float(run.callback_metrics["startup/engine_logratio"]) < 1e-5
+    assert found[0] == found[1] and len(found[0]) == 8
+
+
 @torch.no_grad()
 def test_a_reward_model_on_other_weights_stands_beside_the_trunk(stages: dict[str, Path], tmp_path: Path) -> None:
     torch.manual_seed(1)
@@ -270,6 +286,14 @@ def test_wrong_settings_are_one_line(
     assert reason in err and "Traceback" not in err
 
 
+def test_a_plan_says_that_it_does_not_know(
+    stages: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = configuration(tmp_path / "run", "LitLanguageModel", 1, network=str(stages["base"]))
+    assert main(["plan", "--config", str(path), "--device=a100-80gb"]) != 0
+    assert "model.lora: the formulas of a plan" in capsys.readouterr().err
+
+
 def test_missing_packages_are_named_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib import util
 
@@ -313,3 +337,24 @@ def test_completions_of_a_checkpoint(stages: dict[str, Path], capsys: pytest.Cap
         == 0
     )
     assert capsys.readouterr().out.startswith("the cat")
+
+
+def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(stages: dict[str, Path], tmp_path: Path) -> None:
+    """SIGKILL in the middle of the second collection; whatever was saved last is what it goes on from."""
+    options: dict[str, Any] = {"network": str(stages["sft"]), "steps": 12}
+    whole = fit(tmp_path / "whole", "LitPolicy", **options)
+    path = configuration(tmp_path / "killed", "LitPolicy", options["steps"], network=options["network"])
+    command = [sys.executable, "-m", "lit_palm", "fit", "--config", str(path)]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 240
+        while not (tmp_path / "killed" / "step-00000006.ckpt").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.001)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    last = tmp_path / "killed" / "last.ckpt"
+    assert 5 <= learned(last)["step"] < options["steps"]
+    again = fit(tmp_path / "killed", "LitPolicy", f"--ckpt_path={last}", **options)
+    same(learned(whole), learned(again))

@@ -203,6 +203,25 @@ def test_decoding_with_a_cache_is_a_whole_pass() -> None:
     assert (torch.cat(steps, 1) - policy(ids())[:, 3:]).abs().max() < ROUNDING
 
 
+@pytest.mark.parametrize("trunk", ["palm", "gpt2"])
+@pytest.mark.parametrize("dora", [False, True])
+@torch.no_grad()
+def test_merged_passes_are_the_same_and_leave_no_trace(trunk: str, dora: bool) -> None:
+    network = adapted(palm() if trunk == "palm" else hugging_face(trunk), dora=dora)
+    policy, reference = network.view("policy"), network.view(None)
+    before, plain, kept = policy(ids()), reference(ids()), {k: v.clone() for k, v in network.state_dict().items()}
+    places = [p.data_ptr() for p in network.parameters()]
+    with network.merged("policy"):
+        moved = {p.data_ptr() for p in network.parameters()} - set(places)
+        assert len(moved) == len(network.targets["policy"])
+        assert 0 <= (policy(ids()) - before).abs().max() < ROUNDING
+        with pytest.raises(AssertionError, match="another role"):
+            reference(ids())
+    assert places == [p.data_ptr() for p in network.parameters()]
+    assert all(torch.equal(v, kept[k]) for k, v in network.state_dict().items())
+    assert torch.equal(policy(ids()), before) and torch.equal(reference(ids()), plain)
+
+
 @pytest.mark.parametrize(
     "family, expected",
     [("llama", ["q_proj", "v_proj"]), ("gpt2", ["c_attn"]), ("bloom", ["query_key_value"]), ("cohere", None)],

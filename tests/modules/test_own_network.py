@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lit_palm.callbacks.going_back import restore, take
 from lit_palm.models.base import Cache, Head, Network, NetworkConfig
 from lit_palm.models.logprobs import TokenLogProbs
+from lit_palm.models.lora import LoRA
 from lit_palm.models.palm import PaLM, PaLMConfig
 from lit_palm.models.weights import Fresh, fill, fresh_seed, give_memory, local
 from lit_palm.modules import LitLanguageModel, LitPolicy, load_network, read_checkpoint
@@ -160,6 +161,11 @@ def test_another_network_is_refused_before_the_first_step(tmp_path: Path) -> Non
     plain = LitPolicy(config(), objective=Guess())
     with pytest.raises(ValueError, match="Guess reads guess, slow_guess, which PaLMConfig does not give: name the net"):
         trainer(tmp_path, max_epochs=1).fit(plain, datamodule=demonstration_data(tmp_path))
+
+
+def test_adapters_are_refused_where_they_would_freeze_what_the_objective_trains() -> None:
+    with pytest.raises(ValueError, match=r"Guess trains a network of its own, .*: leave model.lora out"):
+        LitPolicy(network(), objective=Guess(), lora=LoRA())
 
 
 @pytest.mark.parametrize("ways", [1, 2])

@@ -22,6 +22,7 @@ from tests.rollout.reward_batches import texts
 
 REWARDS: list[dict[str, Any]] = [
     {"class_path": "RewardModel", "init_args": {"checkpoint": "reward.ckpt", "weight": 0.5}},
+    {"class_path": "SequenceClassifier", "init_args": {"model": "classifier", "label": "positive", "reads": "pair"}},
     {"class_path": "PythonReward", "init_args": {"function": "math.fsum", "name": "sum"}},
     {"class_path": "RegexReward", "init_args": {"pattern": r"(?s)<b>\d+</b>", "match": 0.2, "max_count": 3}},
     {"class_path": "ExactMatch", "init_args": {"answer": "city", "ignore_case": True, "extract": "#### (.*)"}},
@@ -94,11 +95,11 @@ def test_every_reward_round_trips_through_the_command_line(
     ensemble = rewards[-1]
     assert isinstance(ensemble, Ensemble) and (ensemble.combine, ensemble.k) == ("lower_bound", 2.0)
     assert ensemble.logged == ["ensemble", "ensemble/a", "ensemble/b", "ensemble/regex_reward"]
-    assert isinstance(rewards[4], NumericMatch) and rewards[4].after == "####" and rewards[4].weight == 2
-    assert len(list(every_reward(rewards))) == 12
+    assert isinstance(rewards[5], NumericMatch) and rewards[5].after == "####" and rewards[5].weight == 2
+    assert len(list(every_reward(rewards))) == 13
 
     batch = texts(["<b>1</b> Rome #### 7", "so so so so"], city=["7", "b"], answer=[7, 7])
-    total, values = total_reward(rewards[2:-1], batch)
+    total, values = total_reward(rewards[3:-1], batch)
     # the first is right, and 20 characters long; of three times "so so" two were said before
     assert total.tolist() == pytest.approx([0.2 + 1 + 2 + 1.1, -2 / 3], abs=1e-6)  # float32
     names = ["regex_reward", "exact_match", "numeric_match", "gsm8k_answer", "length_penalty", "repetition_penalty"]

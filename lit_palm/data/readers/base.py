@@ -146,6 +146,8 @@ class Reader(ABC):
             else:
                 keys = ", ".join(map(repr, value)) if isinstance(value, Mapping) else "none"
                 raise self.off(row, path, kind, f"is missing (the keys there are {keys})")
+        if isinstance(value, float) and value != value:
+            value = None  # how pandas writes what is missing
         if value is None and null:
             return None
         if value is None:
@@ -182,7 +184,8 @@ def check_view(reader: Reader, view: View | None, module: str) -> None:
     if view not in reader.views():
         name, others = type(reader).__name__, " or ".join(f"{MODULES[v]} ({v})" for v in reader.views())
         why = "takes no reader" if view is None else f"trains on {view}, which {name} does not have"
-        raise ValueError(f"data.reader {name}: {module} {why}; use {others}")
+        way_out = f"use {others}" if others else "it defines no view: demonstrations, preferences or prompts"
+        raise ValueError(f"data.reader {name}: {module} {why}; {way_out}")
 
 
 def distinct(rows: Iterator[Row], drop: Drop) -> Iterator[Row]:

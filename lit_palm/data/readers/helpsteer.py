@@ -207,10 +207,10 @@ class HelpSteer2Preference(_Strengths):
 
 
 class HelpSteer3(_Strengths):
-    """nvidia/HelpSteer3, configuration `preference`: a `context` of messages, two responses, a preference from -3 (the
-    first) to 3.
+    """nvidia/HelpSteer3, configuration `preference`: a `context` of messages, and which of two responses is better.
 
-    preferences: pairs with the strength as `margin`. demonstrations: the preferred response. prompts: each once.
+    The preference goes from -3 (the first) to 3 (the second). preferences: pairs with the strength as `margin`.
+    demonstrations: the preferred response. prompts: each once.
 
     Args:
         min_strength: weaker preferences are left out; 1 takes all but "about the same".

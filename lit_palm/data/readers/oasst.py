@@ -36,8 +36,9 @@ class _Node:
 
 
 class OASST(Reader):
-    """OpenAssistant/oasst1 and oasst2: messages in rows of their own, as the hub's default, or nested in trees, as in
-    the files `*.trees.jsonl.gz`.
+    """OpenAssistant/oasst1 and oasst2: trees of messages, each with the rank that people gave it.
+
+    Read are messages in rows of their own, which the hub serves, and the nested files `*.trees.jsonl.gz`.
 
     demonstrations: the threads of a tree, from its root along the best replies to the last one of the assistant.
     preferences: the ranked replies to a message, 0 is best. prompts: every message of a prompter on these threads, with

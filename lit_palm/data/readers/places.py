@@ -102,12 +102,12 @@ def _splits(hub: Hub, source: str) -> dict[str, list[str]] | None:
         return None
     from datasets.data_files import DataFilesDict, get_data_patterns
 
-    for part in filter(None, (hub.data_dir, hub.config)):
-        if fs.isdir(f"{path}/{part}"):
-            path = f"{path}/{part}"
-            break
+    part = next((p for p in (hub.data_dir, hub.config) if p is not None and fs.isdir(f"{path}/{p}")), None)
+    if part is None and hub.data_dir is not None and not any(map(sources._suffix, fs.ls(path, detail=False))):
+        raise ValueError(f"{source}: there is no folder {hub.data_dir!r} in it, and no data file")
+    path = path if part is None else f"{path}/{part}"
     patterns = get_data_patterns(path)
-    if list(patterns.values()) == [["**"]]:  # nothing is named after a split
+    if part is None and list(patterns.values()) == [["**"]]:  # nothing is named after a split
         return None
     found = DataFilesDict.from_patterns(patterns, base_path=path)
     readable = {str(split): [str(f) for f in files if sources._suffix(str(f))] for split, files in found.items()}

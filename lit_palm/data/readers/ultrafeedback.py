@@ -159,11 +159,12 @@ class UltraFeedbackBinarized(Reader):
 
     def demonstrations(self, rows: Iterator[Row], drop: Drop) -> Iterator[Row]:
         for row in rows:
-            messages = self.field(row, "messages", list)
-            if not any(self.field(row, f"messages[{i}].role", str) == "assistant" for i in range(len(messages))):
+            turns = range(len(self.field(row, "messages", list)))
+            messages = [{k: self.field(row, f"messages[{i}].{k}", str) for k in ("role", "content")} for i in turns]
+            if not any(message["role"] == "assistant" for message in messages):
                 drop(row, "the assistant says nothing")
             else:
-                yield Row(row.where, {"messages": list(messages)}, self.field(row, "prompt", str))
+                yield Row(row.where, {"messages": messages}, self.field(row, "prompt", str))
 
     def prompts(self, rows: Iterator[Row], drop: Drop) -> Iterator[Row]:
         found = (Row(row.where, {"prompt": user(self.field(row, "prompt", str))}) for row in rows)
@@ -171,9 +172,10 @@ class UltraFeedbackBinarized(Reader):
 
     def _dialogues(self, row: Row) -> tuple[list[Any], list[Any]]:
         for name in ("chosen", "rejected"):
-            for i in range(len(self.field(row, name, list))):
+            turns = len(self.field(row, name, list))
+            for i in range(turns):
                 self.field(row, f"{name}[{i}].content", str)
-            last = f"{name}[{i}].role"
+            last = f"{name}[{max(turns - 1, 0)}].role"
             if self.field(row, last, str) != "assistant":
                 raise self.off(row, last, str, "is not 'assistant'")
         return list(row.columns["chosen"]), list(row.columns["rejected"])

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from lit_palm import Network, NetworkConfig
 from lit_palm.models import Cache, Head, TokenLogProbs
 from lit_palm.models.weights import Fresh, fill, fresh_seed, give_memory, local
-from lit_palm.modules.checkpoint import read_config
 
 __all__ = ["ILQLConfig", "ILQLNetwork"]
 
@@ -60,6 +59,8 @@ class ILQLConfig(NetworkConfig):
                 raise ValueError(
                     "ILQLConfig names no language model: set start to a checkpoint, or base to a configuration"
                 )
+            from lit_palm.modules.checkpoint import read_config  # light to import until it is used
+
             self.base = read_config(self.start)
         if isinstance(self.base, ILQLConfig):
             raise ValueError("ILQLConfig.base is an ILQLConfig: name its checkpoint as model.network to go on with it")

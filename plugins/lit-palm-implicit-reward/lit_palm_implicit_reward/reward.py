@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from lit_palm import Reward, RewardBatch
 from lit_palm.models import TokenLogProbs
-from lit_palm.modules.checkpoint import load_checkpoint_tokenizer
 from lit_palm.rollout.rewards import NetworkLoader
 
 __all__ = ["ImplicitProcessReward", "step_ends"]
@@ -126,6 +125,8 @@ class ImplicitProcessReward(Reward):
     def _steps(self, batch: RewardBatch, values: Tensor) -> tuple[Tensor, Tensor]:
         """The sum over each step at its last token [B, T], and which tokens those are [B, T] bool."""
         if self._decode is None:
+            from lit_palm.modules.checkpoint import load_checkpoint_tokenizer  # light to import until it is used
+
             self._decode = load_checkpoint_tokenizer(self.checkpoint).decode
         last = torch.zeros_like(batch.completion_mask)
         for row, (prompt, ids) in enumerate(zip(batch.prompt_ids, batch.completion_ids, strict=True)):

@@ -16,9 +16,20 @@ import pytest
 
 from lit_palm.data import DemonstrationData, PreferenceData, PromptData, TextData
 from lit_palm.data import readers as package
-from lit_palm.data.readers import GSM8K, HHRLHF, OASST, Alpaca, Drop, Hub, Reader, UltraFeedbackBinarized
+from lit_palm.data.readers import (
+    GSM8K,
+    HHRLHF,
+    OASST,
+    Alpaca,
+    Drop,
+    HelpSteer2,
+    HelpSteer2Preference,
+    Hub,
+    Reader,
+    UltraFeedbackBinarized,
+)
 from lit_palm.data.sources import Row
-from tests.data.readers.published import binarized, gsm8k, hh, oasst
+from tests.data.readers.published import binarized, gsm8k, helpsteer, helpsteer2_preference, hh, oasst
 
 READERS = [
     c
@@ -104,8 +115,26 @@ def test_a_copy_of_the_repository_is_read_split_by_split(tmp_path: Path) -> None
     data.setup("test")
     assert questions(data.train_dataloader(), data) == ["helpful-base train"]
     assert questions(data.test_dataloader(), data) == ["helpful-base test"]
+    with pytest.raises(ValueError, match=r"hh: there is no folder 'helpful-online' in it, and no data file"):
+        PreferenceData(train=train, reader=HHRLHF("helpful-online"), tokenizer="bytes").setup("fit")
     with pytest.raises(ValueError, match=r"there is no split 'dev' in this folder; it has train, test"):
         PreferenceData(train=train, train_split="dev", reader=HHRLHF(), tokenizer="bytes").setup("fit")
+
+
+def test_a_part_without_splits_is_read_alone(tmp_path: Path) -> None:
+    """A copy of nvidia/HelpSteer2 has the ratings' splits beside the folder of preferences, which has none."""
+    (tmp_path / "preference").mkdir()
+    rows = [helpsteer2_preference(1), helpsteer2_preference(-2, "val")]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "preference" / "preference.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(json.dumps(helpsteer("p", "r", 1, 1, 1, 1, 1)).encode()))
+    data = PreferenceData(
+        train=str(tmp_path), validation_split="validation", reader=HelpSteer2Preference(), tokenizer="bytes"
+    )
+    data.setup("fit")
+    ((train,), (validation,)) = data.train_dataloader(), data.val_dataloader()
+    assert train["margin"].tolist() == [1, 1] and validation["margin"].tolist() == [2, 2]
+    assert len(list(HelpSteer2().open(str(tmp_path), "train", None))) == 1
 
 
 def test_parquet_shards_of_splits_with_names_of_their_own(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
 
 from lit_palm.data import PreferenceData
 from lit_palm.data.readers import HHRLHF
+from lit_palm.data.readers.hh import hh_messages
 from lit_palm.data.tokenizers import ByteTokenizer
 from tests.data.readers.published import columns, hh, read, said
 
@@ -84,3 +86,17 @@ def test_a_row_off_the_schema_is_named(row: dict[str, Any], words: str, write: A
     data = PreferenceData(train=write("x.jsonl", [ROWS[0], row]), reader=HHRLHF(), tokenizer="bytes")
     with pytest.raises(ValueError, match=words):
         data.setup("fit")
+
+
+def test_prompts_are_those_that_trl_extracts(write: Any) -> None:
+    """Sixty pairs of random dialogues that part in the last answer, or earlier."""
+    extract_prompt = pytest.importorskip("trl").extract_prompt
+    draw = random.Random(0)
+    rows = []
+    for number in range(60):
+        shared = [f"turn {number} {i}" for i in range(draw.choice([1, 3, 5]))]
+        rest = [[f"{side} {i}" for i in range(draw.choice([1, 3]))] for side in ("good", "bad")]
+        rows.append({"chosen": hh(*shared, *rest[0]), "rejected": hh(*shared, *rest[1])})
+    ours = columns(HHRLHF(), "preferences", write("x.jsonl", rows))
+    theirs = [extract_prompt({name: hh_messages(text) for name, text in row.items()}) for row in rows]
+    assert ours == theirs and {len(row["prompt"]) for row in ours} == {1, 3, 5}

@@ -26,7 +26,7 @@ def test_answers_are_ranked_by_the_mean_of_their_aspects_with_ties(write: Any) -
 
 
 def test_the_overall_score_ranks_where_it_is_asked_for(write: Any) -> None:
-    path = write("x.jsonl", [ultrafeedback(RATINGS, [7.0, 6.5, None, 7])])
+    path = write("x.jsonl", [ultrafeedback(RATINGS, [7.0, 6.5, float("nan"), 7])])
     (row,) = columns(UltraFeedback(score="overall"), "preferences", path)
     assert row["completions"] == ["answer 0", "answer 1", "answer 3"] and row["ranks"] == [0, 1, 0]
 
