@@ -62,6 +62,7 @@ NO_LIGHTNING = (
     "lit_palm/rollout/advantages.py",
     "lit_palm/rollout/engine.py",
     "lit_palm/rollout/endings.py",
+    "lit_palm/rollout/requests.py",
     "lit_palm/rollout/row_sampling.py",
     "lit_palm/rollout/continuous.py",
     "lit_palm/rollout/continuous_engine.py",

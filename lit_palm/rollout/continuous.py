@@ -19,8 +19,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,6 +28,7 @@ from lit_palm.models.base import Cache, Network
 from lit_palm.models.kernels import last_logits
 from lit_palm.rollout.endings import NOT_FINITE, Ending
 from lit_palm.rollout.engine import check_request
+from lit_palm.rollout.requests import Handle, QueueFull, Token
 from lit_palm.rollout.row_sampling import Draw, RowSampling
 from lit_palm.rollout.sampling import Sampling, uniform
 from lit_palm.types import has_float64
@@ -36,52 +36,19 @@ from lit_palm.types import has_float64
 __all__ = ["Handle", "QueueFull", "Scheduler", "Token"]
 
 
-class QueueFull(RuntimeError):
-    """Too many requests wait already."""
+@dataclass
+class Reading:
+    """Prompts on their way into a cache of their own."""
 
-
-class Token(NamedTuple):
-    """One sampled token."""
-
-    id: int
-    logp: float
-    """Its log-probability, as in `Generation.logps`."""
-    top: list[tuple[int, float]]
-    """The likeliest ids and their log-probabilities, so many as the request asked for."""
-
-
-@dataclass(eq=False)
-class Handle:
-    """One request and what has come of it so far."""
-
-    prompt: list[int]
-    sampling: Sampling
-    seed: int
-    num_top: int = 0
-    on_token: Callable[[Handle, Token], None] | None = None
-    on_end: Callable[[Handle], None] | None = None
-    tokens: list[int] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)
-    finish_reason: str | None = None
-    """None while it waits or runs; then "eos", "stop", "length", "cancelled" or "error"."""
-    error: str | None = None
-    """Why it ended, when that was an error."""
-
-    @property
-    def width(self) -> int:
-        """Most slots of the cache that it can come to need."""
-        return len(self.prompt) + self.sampling.max_new_tokens
-
-    @property
-    def cached(self) -> int:
-        """Tokens of it in the cache: all but the last, which is fed next."""
-        return len(self.prompt) + len(self.tokens) - 1
-
-    def end(self, reason: str, error: str | None = None) -> None:
-        """Settle how it ended and tell who asked."""
-        self.finish_reason, self.error = reason, error
-        if self.on_end is not None:
-            self.on_end(self)
+    cache: Cache
+    tokens: Tensor
+    """[D, T], the distinct prompts, left-padded."""
+    mask: Tensor | None
+    positions: Tensor | None
+    which: list[int]
+    """The prompt of each row that joins."""
+    place: int = 0
+    """Tokens read so far."""
 
 
 class Scheduler:
@@ -96,7 +63,8 @@ class Scheduler:
         max_queue: most requests that wait; None: no limit.
         max_slots: most slots of the cache over all rows, rows times the longest; None: no limit beside the batch size
             and the network's `max_length`. One request may always run.
-        prefill_tokens: most prompt tokens, padding included, that one step reads; rows that are under way wait for it.
+        prefill_tokens: most prompt tokens, padding included, that one step reads, since rows that are under way wait
+            for it; a longer prompt is read in several steps.
     """
 
     def __init__(
@@ -123,6 +91,7 @@ class Scheduler:
         self.waiting: deque[Handle] = deque()
         self.rows: list[Handle] = []
         self.joining: list[Handle] = []  # neither waiting nor running: their prompts are being read
+        self.reading: Reading | None = None
         self.endings: list[Ending] = []
         self.cache: Cache | None = None
         # tensors over the rows, made anew when rows have joined or left
@@ -178,6 +147,7 @@ class Scheduler:
         """End every row that is under way, as after a failure in the midst of a step; those that wait stay."""
         lost = [*self.rows, *self.joining]
         self.rows, self.joining, self.endings, self.cache, self.stale = [], [], [], None, True
+        self.reading = None
         for handle in lost:
             if handle.finish_reason is None:
                 handle.end("error", error)
@@ -192,10 +162,9 @@ class Scheduler:
                 self._refresh()
             positions = self.positions[:, None]
             logits.append(self.network(self.fed[:, None], positions=positions, cache=self.cache, head=last_logits))
-        self.joining = self._admit()
-        if self.joining:
-            logits.append(self._read(self.joining))
-            self.joining = []
+        read = self._read()
+        if read is not None:
+            logits.append(read)
             self._refresh()
         if self.rows:
             steps = [len(handle.tokens) for handle in self.rows]
@@ -207,27 +176,34 @@ class Scheduler:
             self._advance(draw)
             self._report(draw)
             self._retire()
-        return bool(self.rows or self.waiting)
+        return self.busy
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.rows or self.joining or self.waiting)
 
     # ------------------------------------------------------------------------------ rows come
 
     def _admit(self) -> list[Handle]:
         """Take those from the queue that there is room for, in their order."""
         joining: list[Handle] = []
+        distinct: set[tuple[int, ...]] = set()
         widest, longest = max((h.width for h in self.rows), default=0), 0
         while self.waiting and len(self.rows) + len(joining) < self.max_batch_size:
             handle = self.waiting[0]
             widest, longest = max(widest, handle.width), max(longest, len(handle.prompt))
+            distinct.add(tuple(handle.prompt))
             count = len(self.rows) + len(joining) + 1
             if count > 1 and widest * count > self.max_slots:
                 break
-            if joining and longest * (len(joining) + 1) > self.prefill_tokens:
+            if joining and longest * len(distinct) > self.prefill_tokens and len(distinct) > 1:
                 break
             joining.append(self.waiting.popleft())
         return joining
 
-    def _read(self, joining: list[Handle]) -> Tensor:
-        """Run the distinct prompts, left-padded, and let their rows join; the logits after them, [B', V]."""
+    def _begin(self, joining: list[Handle]) -> Reading:
+        """Lay out the distinct prompts of those that join."""
         distinct: dict[tuple[int, ...], int] = {}
         which = [distinct.setdefault(tuple(handle.prompt), len(distinct)) for handle in joining]
         width = max(len(ids) for ids in distinct)
@@ -238,18 +214,36 @@ class Scheduler:
             mask = torch.arange(width, device=self.device) >= width - lengths[:, None]
             positions = (mask.cumsum(1) - 1).clamp(min=0)
         ahead = max(handle.sampling.max_new_tokens for handle in joining) if self.cache is None else 0
-        cache = self.network.new_cache(len(distinct), width + min(ahead, 256))
-        logits: Tensor = self.network(tokens, mask=mask, positions=positions, cache=cache, head=last_logits)
-        if len(distinct) < len(which):
-            repeated = torch.tensor(which, device=self.device)
-            cache.select(repeated)
+        return Reading(self.network.new_cache(len(distinct), width + min(ahead, 256)), tokens, mask, positions, which)
+
+    def _read(self) -> Tensor | None:
+        """Read on in the prompts of those that join, or of the next who may; the logits after them, [B', V], once they
+        have been read and their rows have joined."""
+        if all(handle.finish_reason is not None for handle in self.joining):  # cancelled, or there are none
+            self.joining, self.reading = self._admit(), None
+            if not self.joining:
+                return None
+        if self.reading is None:
+            self.reading = self._begin(self.joining)
+        now = self.reading
+        # one prompt alone has no padding, and may come in parts
+        end = now.place + self.prefill_tokens if now.mask is None and len(now.tokens) == 1 else now.tokens.shape[1]
+        part = now.tokens[:, now.place : end]
+        logits: Tensor = self.network(part, mask=now.mask, positions=now.positions, cache=now.cache, head=last_logits)
+        now.place += part.shape[1]
+        if now.place < now.tokens.shape[1]:
+            return None
+        if len(now.tokens) < len(now.which):
+            repeated = torch.tensor(now.which, device=self.device)
+            now.cache.select(repeated)
             logits = logits[repeated]
         if self.cache is None:
-            self.cache = cache
+            self.cache = now.cache
         else:
-            self.cache.join(cache)
-        self.rows += joining
-        self.endings += [Ending(handle.sampling, self.eos_id, self.decode) for handle in joining]
+            self.cache.join(now.cache)
+        self.rows += self.joining
+        self.endings += [Ending(handle.sampling, self.eos_id, self.decode) for handle in self.joining]
+        self.joining, self.reading = [], None
         return logits
 
     def _refresh(self) -> None:

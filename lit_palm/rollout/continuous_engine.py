@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lit_palm.models.base import Network
-from lit_palm.rollout.continuous import Handle, Scheduler
+from lit_palm.rollout.continuous import Scheduler
 from lit_palm.rollout.engine import Engine, Generation, check_request
+from lit_palm.rollout.requests import Handle
 from lit_palm.rollout.sampling import Sampling
 
 __all__ = ["ContinuousEngine"]

@@ -18,7 +18,7 @@ from lit_palm.rollout.sampling import Sampling
 
 __all__ = ["APIError", "ChatRequest", "CompletionRequest", "parse", "sampling_of"]
 
-MAX_STOPS, MAX_STOP_LENGTH, MAX_TOP = 16, 256, 20
+MAX_STOPS, MAX_STOP_LENGTH, MAX_TOP, MAX_PROMPTS, MAX_FIELDS = 16, 256, 20, 1024, 100
 
 
 class APIError(Exception):
@@ -81,7 +81,7 @@ class _Request(_Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: float | None = None
@@ -93,7 +93,7 @@ class _Request(_Strict):
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     return_token_ids: bool | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Any = None
     user: Any = None
     metadata: Any = None
     store: Any = None
@@ -118,7 +118,7 @@ class _Request(_Strict):
 class ChatRequest(_Request):
     """The body of `/v1/chat/completions`."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[list[dict[str, Any]], Field(fail_fast=True, min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
@@ -174,10 +174,16 @@ class ChatRequest(_Request):
         return messages
 
 
+# a body of faults must not keep others waiting: the first one is enough
+Texts = Annotated[list[str], Field(fail_fast=True, max_length=MAX_PROMPTS)]
+Ids = Annotated[list[int], Field(fail_fast=True)]
+ManyIds = Annotated[list[Ids], Field(fail_fast=True, max_length=MAX_PROMPTS)]
+
+
 class CompletionRequest(_Request):
     """The body of `/v1/completions`."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Texts | Ids | ManyIds
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
     echo: bool | None = None
     best_of: int | None = None
@@ -217,6 +223,8 @@ def parse(kind: type[R], body: bytes) -> R:
         raise APIError(400, f"the body is not valid JSON: {error}", code="invalid_json") from error
     if not isinstance(data, dict):
         raise APIError(400, "the body is not a JSON object", code="invalid_json")
+    if len(data) > MAX_FIELDS:
+        raise APIError(400, f"the body has {len(data)} fields", code="unknown_parameter")
     try:
         request = kind.model_validate(data)
     except (ValidationError, RecursionError) as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lit_palm.data.streamed_text import StreamedText, token_bytes
 from lit_palm.data.tokenizers import Tokenizer
-from lit_palm.rollout.continuous import Token
+from lit_palm.rollout.requests import Token
 from lit_palm.serve.worker import Event
 
 __all__ = ["Choice", "Reply", "sse"]

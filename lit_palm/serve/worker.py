@@ -17,7 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from lit_palm.rollout.continuous import Handle, Scheduler, Token
+from lit_palm.rollout.continuous import Scheduler
+from lit_palm.rollout.requests import Handle, Token
 from lit_palm.rollout.sampling import Sampling
 
 __all__ = ["Event", "Row", "Stream", "Worker"]
@@ -134,6 +135,12 @@ class Worker:
             self._call(self._settle, error)
             return
         self._call(self._settle, None)
+        try:
+            self._work(scheduler)
+        except BaseException as error:  # nobody would answer any more: the server ends with it
+            self._call(self._settle, error)
+
+    def _work(self, scheduler: Scheduler) -> None:
         going = True
         while going:
             going = self._listen(scheduler)
@@ -143,13 +150,13 @@ class Worker:
                 log.exception("a step failed")
                 scheduler.abort(f"the network failed ({type(error).__name__})")
             self._flush()
-        for handle in [*scheduler.rows, *scheduler.waiting]:
+        for handle in [*scheduler.rows, *scheduler.joining, *scheduler.waiting]:
             scheduler.cancel(handle)
         self._flush()
 
     def _listen(self, scheduler: Scheduler) -> bool:
         """Do what has been asked, waiting for it when there is nothing else to do; False: the thread is to end."""
-        idle = not scheduler.rows and not scheduler.waiting
+        idle = not scheduler.busy
         while True:
             try:
                 kind, stream = self._inbox.get(block=idle)

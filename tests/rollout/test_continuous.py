@@ -13,9 +13,10 @@ from torch import Tensor
 from lit_palm.models import PaLM, PaLMConfig
 from lit_palm.models.base import Cache
 from lit_palm.models.kernels import last_logits
-from lit_palm.rollout.continuous import Handle, QueueFull, Scheduler, Token
+from lit_palm.rollout.continuous import Scheduler
 from lit_palm.rollout.continuous_engine import ContinuousEngine
 from lit_palm.rollout.engine import CachedEngine
+from lit_palm.rollout.requests import Handle, QueueFull, Token
 from lit_palm.rollout.sampling import Sampling, row_seeds
 
 VOCAB, EOS, PAD = 40, 1, 0
@@ -82,7 +83,7 @@ def run_arrivals(network: PaLM, chance: random.Random, count: int, **options: An
     """Requests that come at random moments, some of which are cancelled; those that ended by themselves."""
     running, cancelled, handles = scheduler(network, **options), [], []
     left = count
-    while left or running.rows or running.waiting:
+    while left or running.busy:
         while left and chance.random() < 0.4:
             prompt = random_prompt(chance)
             if handles and chance.random() < 0.2:
@@ -108,7 +109,7 @@ def test_random_arrivals_get_the_tokens_they_would_get_alone(changes: dict[str, 
         chance = random.Random(trial)
         size = chance.choice([1, 3, 8, None])
         for handle in run_arrivals(
-            network, chance, 25, max_batch_size=size, prefill_tokens=chance.choice([1, 60, 4096])
+            network, chance, 25, max_batch_size=size, prefill_tokens=chance.choice([1, 7, 60, 4096])
         ):
             tokens, logps, reason = alone(network, handle.prompt, handle.sampling, handle.seed)
             total += len(tokens)
@@ -211,6 +212,32 @@ def test_a_row_joins_while_others_decode_and_leaves_at_once(network: PaLM) -> No
     assert short.finish_reason == "length" and running.rows == [long]
     running.step()
     assert len(third.tokens) == 1 and len(long.tokens) == 8
+
+
+def test_a_long_prompt_is_read_in_parts_while_others_go_on(network: PaLM) -> None:
+    running = scheduler(network, eos_id=None, prefill_tokens=8)
+    widths: list[int] = []
+    hook = network.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+    other = running.submit([3, 4], Sampling(max_new_tokens=40), 1)
+    running.step()
+    long = [running.submit(list(range(2, 30)), Sampling(max_new_tokens=5), seed) for seed in (2, 3)]
+    behind = running.submit([5], Sampling(max_new_tokens=5), 4)
+    for step in range(3):
+        running.step()
+        assert len(other.tokens) == 2 + step and not long[0].tokens and running.busy
+    running.step()
+    assert len(long[0].tokens) == len(long[1].tokens) == 1  # the same prompt: read once, for both
+    assert max(widths) == 8
+    dropped = running.submit(list(range(2, 30)), Sampling(max_new_tokens=5), 5)
+    running.step()
+    running.step()  # it is being read
+    running.cancel(dropped)
+    while running.step():
+        pass
+    hook.remove()
+    assert dropped.finish_reason == "cancelled" and not dropped.tokens
+    for handle in (other, *long, behind):
+        assert handle.tokens == alone_without_eos(network, handle)
 
 
 def test_the_queue_is_limited_and_cancelling_makes_room(network: PaLM) -> None:
@@ -341,12 +368,12 @@ def test_after_a_failure_within_a_step_those_that_wait_go_on(network: PaLM, whil
     running.step()
     handles += [running.submit([3 + n], Sampling(max_new_tokens=5), n) for n in (1, 2)]
     if while_reading:
-        running._read = None  # type: ignore[assignment, method-assign]
+        running._begin = None  # type: ignore[assignment, method-assign]
     else:
         running.network = None  # type: ignore[assignment]
     with pytest.raises(TypeError):
         running.step()
-    running.__dict__.pop("_read", None)
+    running.__dict__.pop("_begin", None)
     running.network = network
     running.abort("out of memory")
     lost = handles[: 1 + while_reading]  # one that was just being read is lost too, not forgotten

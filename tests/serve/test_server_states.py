@@ -141,6 +141,21 @@ def test_a_network_that_cannot_be_loaded_ends_the_server(begin: Callable[..., Ru
     assert not running.thread.is_alive() and "cut short" in str(running.error)
 
 
+def test_a_thread_that_dies_ends_the_server_rather_than_hang_its_clients(begin: Callable[..., Running]) -> None:
+    running = begin(lambda: make(network()))
+    running.wait_for("ready")
+
+    def broken(*_: Any) -> None:
+        raise KeyError("a mistake in the scheduler")
+
+    running.worker._listen = broken  # type: ignore[method-assign]
+    with pytest.raises(OSError):  # it hangs up, or has gone already
+        for _ in range(100):
+            running.complete()
+    running.thread.join(20)
+    assert not running.thread.is_alive() and isinstance(running.error, KeyError)
+
+
 def test_a_row_that_is_no_number_and_a_step_that_fails_leave_the_server_well(begin: Callable[..., Running]) -> None:
     net = network()
     # whoever has just read a "!" gets no numbers
