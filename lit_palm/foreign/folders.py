@@ -47,6 +47,8 @@ def fetch(name: str) -> str | None:
     """
     if not _HUB_NAME.fullmatch(name) or os.path.exists(name) or name.endswith((".ckpt", ".pt")):
         return None
+    if os.path.isdir(name.partition("/")[0]):  # a mistyped path, which nobody wants to be asked of the hub
+        return None
     from huggingface_hub import snapshot_download
 
     patterns = [*_FILES, "*.py"] if _remote_code() else _FILES

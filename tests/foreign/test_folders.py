@@ -270,3 +270,14 @@ def test_a_name_that_is_not_on_the_hub(refused: Refused, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(socket.socket, "connect", unreachable)
     assert "nobody/nothing: there is no such file or folder here, and no such model" in refused("nobody/nothing")
+
+
+def test_a_path_that_does_not_exist_is_not_asked_of_the_hub(
+    tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **options: pytest.fail("asked the hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert "'runs/nothing' does not exist" in refused("runs/nothing")
