@@ -54,6 +54,7 @@ bench: install-plugins
 	$(BIN)/python -m tests.benchmarks.speed
 	$(BIN)/python -m tests.benchmarks.alignment
 	$(BIN)/python -m tests.benchmarks.alignment --precision bf16 --output runs/alignment-bf16.json
+	$(BIN)/python -m tests.benchmarks.serving
 
 proofs: install-plugins
 	$(BIN)/python -m pytest -m slow tests plugins
