@@ -35,6 +35,7 @@ def lit_palm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LIT_PALM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(docstring_parser, "parse_from_object", docstrings)
     argv, environment = list(sys.argv), dict(os.environ)
 

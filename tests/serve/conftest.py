@@ -35,13 +35,17 @@ TEMPLATE = """\
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level language model with a context of 256 tokens, named `tiny`; what it says means nothing."""
-    folder = tmp_path_factory.mktemp("serve")
+    return write_checkpoint(tmp_path_factory.mktemp("serve") / "tiny", d_model=32, num_layers=2, max_length=256)
+
+
+def write_checkpoint(folder: Path, **sizes: Any) -> Path:
+    """A byte-level language model with a chat template."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIT_PALM_CACHE", str(folder / "cache"))
-        run = trainer(folder, callbacks=[LastCheckpoint(str(folder / "tiny"))], max_epochs=1)
-        model = language_model(network=config(d_model=32, num_layers=2, max_length=256))
-        run.fit(model, datamodule=text_data(folder, tokenizer=ByteTokenizer(chat_template=TEMPLATE)))
-    return folder / "tiny" / "last.ckpt"
+        run = trainer(folder, callbacks=[LastCheckpoint(str(folder))], max_epochs=1)
+        data = text_data(folder / "data", tokenizer=ByteTokenizer(chat_template=TEMPLATE))
+        run.fit(language_model(network=config(**sizes)), datamodule=data)
+    return folder / "last.ckpt"
 
 
 class Offline:

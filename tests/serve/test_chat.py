@@ -22,7 +22,7 @@ from lit_palm.modules.weights import load_network
 from lit_palm.rollout.engine import CachedEngine
 from lit_palm.rollout.sampling import Sampling, row_seeds
 from lit_palm.serve.chat import Chat
-from tests.serve.conftest import Offline
+from tests.serve.conftest import Offline, write_checkpoint
 from tests.support import make_stages
 
 Messages = list[dict[str, str]]
@@ -163,10 +163,11 @@ def test_an_interrupted_answer_is_kept_as_far_as_it_came(offline: Offline, capsy
     assert chat.ask("again", show) == "" and len(chat.turns) == 2  # nothing was said: the question is taken back
 
 
-def test_ctrl_c_ends_the_answer_and_not_the_chat(checkpoint: Path) -> None:
-    """A real signal to a real process, in the midst of an answer."""
+def test_ctrl_c_ends_the_answer_and_not_the_chat(tmp_path: Path) -> None:
+    """A real signal to a real process, in the midst of an answer that would take seconds."""
+    checkpoint = write_checkpoint(tmp_path / "slow", d_model=128, num_layers=12, max_length=4096)
     process = subprocess.Popen(
-        [sys.executable, "-m", "lit_palm", "chat", str(checkpoint), "--max_new_tokens=250", "--min_new_tokens=250"],
+        [sys.executable, "-m", "lit_palm", "chat", str(checkpoint), "--max_new_tokens=4000", "--min_new_tokens=4000"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
