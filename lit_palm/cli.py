@@ -37,7 +37,7 @@ EXTRA_VERBS = {
     "chat": "Talk to a checkpoint on the terminal.",
     "serve": "Serve a checkpoint to clients of OpenAI's interface.",
     "import": "Turn weights of palm-rlhf-pytorch or Cohere into a folder that every stage starts from.",
-    "export": "Write a checkpoint for other tools: transformers, vLLM, llama.cpp, or safetensors of our own.",
+    "export": "Write a checkpoint for other tools: transformers, llama.cpp, or safetensors of our own.",
     "consolidate": "Put a folder of shards together: one safetensors file a network, or one checkpoint file.",
     "data": "Show what a run would train on: counts, lengths, rows with their loss mask, and what is left out and why.",
     "plan": "Say what a run needs on which devices: memory, time and cost, and what to change where it does not fit.",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lit_palm.convert.card import adapter_card
 from lit_palm.convert.chosen import Chosen
-from lit_palm.convert.cohere import cohere_architecture, scalar_head
+from lit_palm.convert.cohere import cohere_architecture, fused_parts, scalar_head
 from lit_palm.convert.folder import new_folder
 from lit_palm.convert.tokenizer_files import write_tokenizer
 from lit_palm.foreign.cohere import interleaved
@@ -54,27 +54,17 @@ def adapter_weights(adapted: Any, config: NetworkConfig) -> dict[str, Tensor]:
 
 def _cohere(layer: str, part: str, tensor: Tensor, config: PaLMConfig) -> Iterable[tuple[str, Tensor]]:
     """Where a part of the adapter of one of our layers goes in Cohere's layout."""
-    heads, kv_heads, dh = config.num_heads, config.num_kv_heads, config.head_dim
-    d_ffn = config.d_ffn or 4 * config.d_model
     _, index, own = layer.split(".")
     place = f"model.layers.{index}"
     if own != "attn_ffn_in":
         yield f"{place}.{'self_attn.o_proj' if own == 'attn_out' else 'mlp.down_proj'}", tensor
         return
-    row = 0
-    for name, rows, turned in (
-        ("self_attn.q_proj", heads * dh, heads),
-        ("self_attn.k_proj", kv_heads * dh, kv_heads),
-        ("self_attn.v_proj", kv_heads * dh, 0),
-        ("mlp.gate_proj", d_ffn, 0),
-        ("mlp.up_proj", d_ffn, 0),
-    ):
+    for name, row, rows, turned in fused_parts(config):
         if part.startswith("lora_A"):
             yield f"{place}.{name}", tensor
         else:
             mine = tensor[row : row + rows]
             yield f"{place}.{name}", interleaved(mine, turned) if turned else mine
-        row += rows
 
 
 def export_adapter(chosen: Chosen, target: str, base: str | None = None, name: str | None = None) -> None:

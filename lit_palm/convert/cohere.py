@@ -6,7 +6,7 @@ same trunk. xPos and the l2 norm of queries and keys have no counterpart there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -73,6 +73,23 @@ def cohere_architecture(config: PaLMConfig, tokenizer: Tokenizer, dtype: torch.d
     }
 
 
+def fused_parts(config: PaLMConfig) -> Iterator[tuple[str, int, int, int]]:
+    """What is one matrix here (`attn_ffn_in`) and five there: name, first row, number of rows, and the heads whose rows
+    are turned from half-split to interleaved pairs, 0 for none."""
+    heads, kv_heads, dh = config.num_heads, config.num_kv_heads, config.head_dim
+    d_ffn = config.d_ffn or 4 * config.d_model
+    row = 0
+    for name, rows, turned in (
+        ("self_attn.q_proj", heads * dh, heads),
+        ("self_attn.k_proj", kv_heads * dh, kv_heads),
+        ("self_attn.v_proj", kv_heads * dh, 0),
+        ("mlp.gate_proj", d_ffn, 0),
+        ("mlp.up_proj", d_ffn, 0),
+    ):
+        yield name, row, rows, turned
+        row += rows
+
+
 def cohere_weights(config: PaLMConfig, weights: Mapping[str, Tensor], prefix: str, dtype: torch.dtype) -> Weights:
     """The weights by their names there, made when they are asked for.
 
@@ -104,16 +121,8 @@ def cohere_weights(config: PaLMConfig, weights: Mapping[str, Tensor], prefix: st
     for i in range(config.num_layers):
         ours, theirs = f"layers.{i}", f"model.layers.{i}"
         give(f"{theirs}.input_layernorm.weight", f"{ours}.norm.weight", (d,))
-        row = 0
-        for name, rows, turned in (
-            ("self_attn.q_proj", heads * dh, heads),
-            ("self_attn.k_proj", kv_heads * dh, kv_heads),
-            ("self_attn.v_proj", kv_heads * dh, 0),
-            ("mlp.gate_proj", d_ffn, 0),
-            ("mlp.up_proj", d_ffn, 0),
-        ):
+        for name, row, rows, turned in fused_parts(config):
             give(f"{theirs}.{name}.weight", f"{ours}.attn_ffn_in.weight", (rows, d), row, turned)
-            row += rows
         give(f"{theirs}.self_attn.o_proj.weight", f"{ours}.attn_out.weight", (d, heads * dh))
         give(f"{theirs}.mlp.down_proj.weight", f"{ours}.ffn_out.weight", (d, d_ffn))
         if config.qk_norm == "layer":

@@ -47,8 +47,7 @@ def find_head(files: Mapping[str, Tensor], where: str) -> Head:
     flat = [name for name in files if len(shape(name)) == 2 and not name.endswith(_OUTPUTS)]
     found = [name for name in flat if shape(name)[0] == 1]
     if len(found) != 1:
-        several = [name for name in flat if name.endswith(("score.weight", "out_proj.weight")) and "." in name]
-        top = [name for name in several if name.count(".") == 1]
+        top = [name for name in flat if name.endswith(("score.weight", "out_proj.weight")) and name.count(".") == 1]
         if not found and top:
             raise ValueError(
                 f"{where}: {top[0]} gives {shape(top[0])[0]} scores; a reward model gives one (num_labels 1)"

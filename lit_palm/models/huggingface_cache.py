@@ -37,7 +37,8 @@ class HuggingFaceCache(Cache):
         real = tokens.new_ones(tokens.shape, dtype=torch.bool)
         before = real.new_ones(len(tokens), self.length) if self.mask is None else self.mask
         self.mask = torch.cat([before, real if mask is None else mask], 1)
-        self._count()
+        if mask is not None:  # what is real adds no padding, and counting would wait for the device in every step
+            self._count()
         return self.mask
 
     def select(self, rows: Tensor) -> None:

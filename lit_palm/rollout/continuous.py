@@ -27,7 +27,7 @@ from torch import Tensor
 from lit_palm.models.base import Cache, Network
 from lit_palm.models.kernels import last_logits
 from lit_palm.rollout.endings import NOT_FINITE, Ending
-from lit_palm.rollout.engine import check_request
+from lit_palm.rollout.engine import check_limits, check_request
 from lit_palm.rollout.requests import Handle, QueueFull, Token
 from lit_palm.rollout.row_sampling import Draw, RowSampling
 from lit_palm.rollout.sampling import Sampling, uniform
@@ -79,9 +79,7 @@ class Scheduler:
         max_slots: int | None = None,
         prefill_tokens: int = 4096,
     ) -> None:
-        for name, value in (("max_batch_size", max_batch_size), ("max_slots", max_slots)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}: use at least 1, or leave it out for no limit")
+        check_limits(max_batch_size=max_batch_size, max_slots=max_slots)
         self.network, self.pad_id, self.eos_id, self.decode = network, pad_id, eos_id, decode
         self.max_batch_size = math.inf if max_batch_size is None else max_batch_size
         self.max_queue = math.inf if max_queue is None else max_queue

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_palm.models.base import Network
 from lit_palm.rollout.continuous import Scheduler
-from lit_palm.rollout.engine import Engine, Generation, check_request
+from lit_palm.rollout.engine import Engine, Generation, check_limits, check_request
 from lit_palm.rollout.requests import Handle
 from lit_palm.rollout.sampling import Sampling
 
@@ -27,9 +27,7 @@ class ContinuousEngine(Engine):
     """
 
     def __init__(self, max_batch_size: int | None = None, max_slots: int | None = None) -> None:
-        for name, value in (("max_batch_size", max_batch_size), ("max_slots", max_slots)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}: use at least 1, or leave it out for no limit")
+        check_limits(max_batch_size=max_batch_size, max_slots=max_slots)
         self.max_batch_size, self.max_slots = max_batch_size, max_slots
 
     def generate(

@@ -77,6 +77,17 @@ class Engine(ABC):
         """
 
 
+def check_limits(**limits: int | None) -> None:
+    """Refuse limits below 1; None is no limit.
+
+    Raises:
+        ValueError: naming the limit.
+    """
+    for name, value in limits.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}: use at least 1, or leave it out for no limit")
+
+
 def check_request(network: Network, prompts: Sequence[Tensor], sampling: Sampling, decode: object) -> None:
     """Refuse what cannot be generated; see `Engine.generate`."""
     config = network.config
@@ -109,8 +120,7 @@ class CachedEngine(Engine):
     """
 
     def __init__(self, max_batch_size: int | None = None) -> None:
-        if max_batch_size is not None and max_batch_size < 1:
-            raise ValueError(f"max_batch_size is {max_batch_size}: use at least 1, or leave it out for no limit")
+        check_limits(max_batch_size=max_batch_size)
         self.max_batch_size = max_batch_size
 
     @torch.no_grad()

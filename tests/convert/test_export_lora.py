@@ -19,8 +19,6 @@ from tests.convert.test_export_cohere import CohereForSequenceClassification
 from tests.convert.test_export_huggingface import folder_of
 from tests.support import adamw, ranking_data, text_data, trainer
 
-pytest.importorskip("lit_palm.modules.adapters")
-
 LORAS: dict[str, dict[str, Any]] = {
     "usual": {"rank": 3, "alpha": 7.0},
     "rslora, all": {"rank": 2, "alpha": 5.0, "rslora": True, "targets": "all-linear"},

@@ -167,7 +167,6 @@ def test_a_kept_scope_is_an_adapter_of_peft(tmp_path: Path) -> None:
     assert not found.unexpected_keys
     expected = network(tokens(), finetune_scope="actor")
     assert (adapted(tokens()) - expected).abs().max() < TOLERANCE
-    pytest.importorskip("lit_palm.modules.adapters")
     assert (policy(folder / "adapter-actor")(tokens()) - expected).abs().max() < TOLERANCE  # and a checkpoint of ours
 
 

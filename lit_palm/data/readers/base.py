@@ -63,16 +63,20 @@ class Reader(ABC):
 
     def demonstrations(self, rows: Iterator[Row], drop: Drop) -> Iterator[Row]:
         """Rows of `messages`, or of `prompt` and `completion`."""
-        raise NotImplementedError
+        raise self._lacks("demonstrations")
 
     def preferences(self, rows: Iterator[Row], drop: Drop) -> Iterator[Row]:
         """Rows of `prompt`, `chosen`, `rejected`; of `prompt`, `completions`, `ranks`; or of `prompt`, `completion`,
         `rating`: the same columns in all rows."""
-        raise NotImplementedError
+        raise self._lacks("preferences")
 
     def prompts(self, rows: Iterator[Row], drop: Drop) -> Iterator[Row]:
         """Rows of `prompt` and anything that rewards read."""
-        raise NotImplementedError
+        raise self._lacks("prompts")
+
+    def _lacks(self, view: View) -> NotImplementedError:
+        """A view is a reader's own choice; data modules ask `views` before they ask for one."""
+        return NotImplementedError(f"{type(self).__name__} gives no {view}")
 
     @classmethod
     def views(cls) -> tuple[View, ...]:

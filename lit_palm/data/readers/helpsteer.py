@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -126,8 +127,9 @@ class _Strengths(Reader):
             raise ValueError(f"data.reader.min_strength is {min_strength}; it must be 1, 2 or 3")
         self.min_strength = min_strength
 
+    @abstractmethod
     def _prompt(self, row: Row) -> list[Message]:
-        raise NotImplementedError
+        """The conversation that both responses answer."""
 
     def _left_out(self, row: Row) -> str | None:
         return None
