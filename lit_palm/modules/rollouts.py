@@ -208,6 +208,8 @@ class Rollouts:
             self.checked = True
             with span("check"):
                 self.metrics["startup/max_logratio"] = check_first_ratio(module, experience)
+                if module.trainer.loggers:
+                    peak_bandwidth(module.device)  # takes a moment, and is known from now on
             apart = (experience["engine_logps"] - experience["old_logps"]).abs().max().item()
             self.metrics["startup/engine_logratio"] = apart
             if module.engine_agrees is None:  # a run that goes on keeps to what it began with
