@@ -113,6 +113,7 @@ class LitPolicy(LitModule):
         self.frozen: dict[str, nn.Module] = {}
         self.rollouts: Rollouts | None = None
         self._reference_id = ""
+        self._validation_started = 0.0
         self.engine_agrees: bool | None = None
         """The engine's log-probabilities equalled those of training in the first collection; None: not known yet."""
         self.starts_as_reference = False
@@ -221,8 +222,13 @@ class LitPolicy(LitModule):
         self._place_frozen("fit")
 
     def on_validation_start(self) -> None:
+        self._validation_started = time.perf_counter()
         if self.trainer.state.fn == "validate":  # within fit they are in their place already
             self._place_frozen("validation")
+
+    def on_validation_end(self) -> None:
+        if self.rollouts is not None:  # is no part of the update
+            self.rollouts.update_started += time.perf_counter() - self._validation_started
 
     def on_test_start(self) -> None:
         self._place_frozen("test")
