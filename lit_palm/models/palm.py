@@ -30,7 +30,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_palm.models.base import Cache, Head, Network, NetworkConfig
 from lit_palm.models.cache import PaLMCache
-from lit_palm.models.kernels import recomputed, split_swiglu, thin_linear
+from lit_palm.models.half import attention, linear
+from lit_palm.models.kernels import recomputed, split_swiglu
 from lit_palm.models.weights import Fresh, fill, fresh_seed, give_memory, local
 from lit_palm.types import has_float64
 
@@ -130,7 +131,7 @@ class Linear(nn.Linear):
         super().__init__(d_in, d_out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return thin_linear(x, self.weight)
+        return linear(x, self.weight)
 
 
 class Norm(nn.LayerNorm):
@@ -252,11 +253,11 @@ class Block(nn.Module):
             # the GPU kernels that take a bias want a key/value head for each query head
             k, v = (t.repeat_interleave(self.num_heads // self.num_kv_heads, 1) for t in (k, v))
             grouped = False
-        out = F.scaled_dot_product_attention(
+        out = attention(
             q.transpose(1, 2),
             k,
             v,
-            attn_mask=bias,
+            bias,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=bias is None,
             enable_gqa=grouped,
@@ -357,7 +358,7 @@ class PaLM(Network):
         hidden = self.norm(x)
         if head is not None:
             return head(hidden, weight, self.logit_scale)
-        return F.linear(hidden * self.logit_scale, weight)
+        return linear(hidden * self.logit_scale, weight)
 
     def rope(
         self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, cache: PaLMCache | None
