@@ -20,7 +20,7 @@ from lit_palm.modules.evaluation import evaluate_prompts, means_of_rows
 from lit_palm.modules.host import LitModule, default_optimizer
 from lit_palm.modules.language_model import language_model_output
 from lit_palm.modules.lora_stages import policy_roles
-from lit_palm.modules.parts import in_parts
+from lit_palm.modules.parts import in_parts, scalars
 from lit_palm.modules.reference import PrecomputedReference, ReferenceUpdate
 from lit_palm.modules.rollouts import Rollouts
 from lit_palm.modules.sharding import Sharding
@@ -283,8 +283,7 @@ class LitPolicy(LitModule):
 
     def state_values(self, batch: Experience) -> Tensor:
         """Value of the state in which each token was chosen: [B, T], what the network says one token earlier."""
-        values: Tensor = self.networks["value"](batch["tokens"])
-        return torch.where(batch["loss_mask"], values.roll(1, dims=1), 0)
+        return torch.where(batch["loss_mask"], scalars(self.networks["value"], batch).roll(1, dims=1), 0)
 
     # ------------------------------------------------------------------ the step
 
@@ -304,17 +303,19 @@ class LitPolicy(LitModule):
 
     def on_train_batch_start(self, batch: Experience, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        # the loader cannot log: what a collection found out is logged with its first minibatch
-        if self.rollouts is not None:
+        if self.rollouts is not None:  # its loader cannot log: what it found out is logged with its first minibatch
             self.rollouts.fit_epoch()
             for name, found in self.rollouts.pop_metrics().items():
                 self.log(name, found, batch_size=1, prog_bar=name in self.progress_metrics)
 
     def training_step(self, batch: Experience, batch_idx: int) -> Tensor:
         self.starts_as_reference = False
-        return self.account(self.loss_of(in_parts(batch, self._output, self.layout.shards), batch), batch)
+        return self.account(self.loss_of(self._outputs(batch), batch), batch)
 
-    def _output(self, batch: Experience) -> Output:
+    def _outputs(self, batch: Experience) -> Output:
+        return in_parts(batch, self._of_part, self.networks.values(), self.layout.shards)
+
+    def _of_part(self, batch: Experience) -> Output:
         needs = self.objective.needs
         output = Output(
             **language_model_output(
@@ -363,8 +364,7 @@ class LitPolicy(LitModule):
 
     def _validate(self, batch: Any, batch_idx: int, prefix: str) -> None:
         if isinstance(batch, Experience):  # offline data
-            loss = self.loss_of(in_parts(batch, self._output, self.layout.shards), batch)
-            weight = self.objective.weight(batch)
+            loss, weight = self.loss_of(self._outputs(batch), batch), self.objective.weight(batch)
             if isinstance(loss.total, Tensor):
                 assert isinstance(weight, Tensor)
                 terms = {"loss": (loss.total, weight)}
