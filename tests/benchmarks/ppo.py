@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from tests.benchmarks.alignment import adamw, text, written
 
 from lit_palm import (
     PPO,
@@ -45,7 +46,6 @@ from lit_palm import (
     RolloutConfig,
     Sampling,
 )
-from tests.benchmarks.alignment import adamw, text, written
 
 
 @dataclass
