@@ -52,7 +52,8 @@ def in_parts(
     """What `compute` gives for a minibatch.
 
     Rows stay together where all networks run them side by side; on an accelerator, since telling their lengths would
-    mean to wait for it; and packed ones, which are of one length.
+    mean to wait for it; packed ones, which are of one length; and those without a group, which a data module has
+    sorted by length where that was asked for.
 
     Args:
         batch: B rows.
@@ -61,7 +62,8 @@ def in_parts(
         together: rows stay together, as where networks are sharded: each pass needs all processes, whose rows differ.
     """
     tokens = batch["tokens"]
-    if together or not tokens.is_cpu or "documents" in batch or all(_lays(n, batch) for n in networks):
+    alike = "documents" in batch or "group" not in batch
+    if together or not tokens.is_cpu or alike or all(_lays(n, batch) for n in networks):
         return compute(batch)
     parts = parts_of_similar_length(batch["mask"].sum(1), cost_of_a_pass(tokens.device), batch.get("group"))
     if len(parts) == 1:

@@ -310,9 +310,9 @@ class LitPolicy(LitModule):
 
     def training_step(self, batch: Experience, batch_idx: int) -> Tensor:
         self.starts_as_reference = False
-        return self.account(self.loss_of(self._outputs(batch), batch), batch)
+        return self.account(self.loss_of(self._output(batch), batch), batch)
 
-    def _outputs(self, batch: Experience) -> Output:
+    def _output(self, batch: Experience) -> Output:
         return in_parts(batch, self._of_part, self.networks.values(), self.layout.shards)
 
     def _of_part(self, batch: Experience) -> Output:
@@ -364,7 +364,7 @@ class LitPolicy(LitModule):
 
     def _validate(self, batch: Any, batch_idx: int, prefix: str) -> None:
         if isinstance(batch, Experience):  # offline data
-            loss, weight = self.loss_of(self._outputs(batch), batch), self.objective.weight(batch)
+            loss, weight = self.loss_of(self._output(batch), batch), self.objective.weight(batch)
             if isinstance(loss.total, Tensor):
                 assert isinstance(weight, Tensor)
                 terms = {"loss": (loss.total, weight)}

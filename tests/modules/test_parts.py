@@ -97,7 +97,7 @@ def test_what_a_part_gives_is_put_in_its_rows_place(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(lengths, "ON_THE_HOST", ALWAYS)
     length = torch.tensor([2, 7, 3, 7, 1])
     mask = torch.arange(7) < length[:, None]
-    batch = Experience(tokens=torch.arange(35).view(5, 7), mask=mask, row=torch.arange(5))
+    batch = Experience(tokens=torch.arange(35).view(5, 7), mask=mask, row=torch.arange(5), group=torch.arange(5))
     seen = []
 
     def compute(rows: Experience) -> Output:
