@@ -313,7 +313,7 @@ class LitPolicy(LitModule):
         return self.account(self.loss_of(self._output(batch), batch), batch)
 
     def _output(self, batch: Experience) -> Output:
-        return in_parts(batch, self._of_part, self.networks.values(), self.layout.shards)
+        return in_parts(batch, self._of_part, self.networks.values(), bool(self._layout and self._layout.shards))
 
     def _of_part(self, batch: Experience) -> Output:
         needs = self.objective.needs
