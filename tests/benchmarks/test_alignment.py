@@ -1,4 +1,4 @@
-"""The comparisons with TRL and palm-rlhf-pytorch run, in its short form; what it measures is read by people, never gated on."""
+"""The comparisons with TRL and palm-rlhf-pytorch run, in their short form; what they measure is read by people."""
 
 from __future__ import annotations
 
