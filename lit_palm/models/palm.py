@@ -17,7 +17,6 @@ Shapes follow the legend of `lit_palm.types`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils.checkpoint import checkpoint
 
+from lit_palm.models.attention import Documents, attend_within, bias_of, find_documents
 from lit_palm.models.base import Cache, Head, Network, NetworkConfig
 from lit_palm.models.cache import PaLMCache
 from lit_palm.models.half import attention, linear
@@ -36,6 +36,8 @@ from lit_palm.models.weights import Fresh, fill, fresh_seed, give_memory, local
 from lit_palm.types import has_float64
 
 __all__ = ["PaLM", "PaLMCache", "PaLMConfig"]
+
+Bias = Tensor | Documents | None
 
 
 @dataclass
@@ -196,7 +198,7 @@ class Block(nn.Module):
             self.q_norm = QKNorm(config.qk_norm, heads, head_dim, config.norm_eps)
             self.k_norm = QKNorm(config.qk_norm, kv_heads, head_dim, config.norm_eps)
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, ...], bias: Tensor | None, cache: PaLMCache | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, ...], bias: Bias, cache: PaLMCache | None) -> Tensor:
         """[B, T, D] -> [B, T, D]; `rope` and `bias` come from `PaLM.forward`; the cache takes the keys and values."""
         # recomputed in here rather than around the block: a sharded block is then gathered once for both
         if self.recompute and self.training and torch.is_grad_enabled():
@@ -204,7 +206,7 @@ class Block(nn.Module):
             return result
         return self.compute(x_BTD, rope, bias, cache)
 
-    def compute(self, x_BTD: Tensor, rope: tuple[Tensor, ...], bias: Tensor | None, cache: PaLMCache | None) -> Tensor:
+    def compute(self, x_BTD: Tensor, rope: tuple[Tensor, ...], bias: Bias, cache: PaLMCache | None) -> Tensor:
         """What `forward` gives."""
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
         qk, v, hidden = self.project(self.norm(x_BTD))
@@ -238,8 +240,11 @@ class Block(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, *rope[:2]), rotate(k, *rope[-2:])
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, cache: PaLMCache | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Bias, cache: PaLMCache | None) -> Tensor:
         """Attention of q [B, T, H, Dh] over k and v [B, T, K, Dh], with the cache's before them: [B, T, H * Dh]."""
+        dropout = self.dropout if self.training else 0.0
+        if isinstance(bias, Documents):
+            return attend_within(q, k, v, bias, dropout).flatten(2)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self.index, k, v)
@@ -258,7 +263,7 @@ class Block(nn.Module):
             k,
             v,
             bias,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=dropout,
             is_causal=bias is None,
             enable_gqa=grouped,
         )
@@ -418,22 +423,15 @@ class PaLM(Network):
         documents: Tensor | None,
         prefixes: Tensor | None,
         cache: PaLMCache | None,
-    ) -> Tensor | None:
-        """What is added to the attention scores, [B, 1, T, S] of 0 and -inf; None for plain causal attention."""
+    ) -> Bias:
+        """What is added to the attention scores, [B, 1, T, S] of 0 and -inf; None for plain causal attention; where
+        documents lie, for attention within them."""
+        if documents is not None and mask is None and prefixes is None and (found := find_documents(documents)):
+            return found
         width, past = x.shape[1], cache.length if cache is not None else 0
         kept = None if cache is None else cache.bias_of(past + width)
         if cache is not None and width == 1:
             return None if kept is None else kept[:, None, None]
         if mask is None and documents is None and past == 0:
             return None
-        seen = torch.ones(width, past + width, dtype=torch.bool, device=x.device).tril(past)[None]
-        if kept is not None:
-            seen = seen & (kept[:, None] == 0)
-        elif mask is not None:
-            seen = seen & mask[:, None, :]
-        if documents is not None:
-            own = documents[:, :, None] == documents[:, None, :]
-            seen = seen & (own if prefixes is None else own | (prefixes[:, :, None] == documents[:, None, :]))
-        # padding sees itself: a softmax over nothing would be NaN
-        torch.diagonal(seen, past, -2, -1).fill_(True)
-        return torch.zeros(seen.shape, dtype=x.dtype, device=x.device).masked_fill(~seen, -math.inf)[:, None]
+        return bias_of(x, past, mask, documents, prefixes, kept)
