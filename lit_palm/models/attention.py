@@ -73,17 +73,14 @@ def attend_within(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout
     return torch.cat([part[0].transpose(0, 1) for part in done]).view(q.shape)
 
 
-def bias_of(
-    like: Tensor, past: int, mask: Tensor | None, documents: Tensor | None, prefixes: Tensor | None, kept: Tensor | None
-) -> Tensor:
+def bias_of(like: Tensor, past: int, mask: Tensor | None, documents: Tensor | None, kept: Tensor | None) -> Tensor:
     """What is added to attention scores: 0 where a token sees another, else -inf.
 
     Args:
         like: [B, T, D] the hidden states, for type and device.
         past: tokens before these, in a cache.
-        mask: [B, T] bool, see `Network.forward`; so are documents and prefixes.
+        mask: [B, T] bool, see `Network.forward`.
         documents: [B, T] long.
-        prefixes: [B, T] long.
         kept: [B, past + T], the bias of what is in a cache, which knows all masks so far.
 
     Returns:
@@ -96,8 +93,7 @@ def bias_of(
     elif mask is not None:
         seen = seen & mask[:, None, :]
     if documents is not None:
-        own = documents[:, :, None] == documents[:, None, :]
-        seen = seen & (own if prefixes is None else own | (prefixes[:, :, None] == documents[:, None, :]))
+        seen = seen & (documents[:, :, None] == documents[:, None, :])
     # padding sees itself: a softmax over nothing would be NaN
     torch.diagonal(seen, past, -2, -1).fill_(True)
     return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill(~seen, -math.inf)[:, None]

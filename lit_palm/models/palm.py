@@ -32,12 +32,11 @@ from lit_palm.models.base import Cache, Head, Network, NetworkConfig
 from lit_palm.models.cache import PaLMCache
 from lit_palm.models.half import attention, linear
 from lit_palm.models.kernels import recomputed, split_swiglu
+from lit_palm.models.side_by_side import Sequences, collect, spread
 from lit_palm.models.weights import Fresh, fill, fresh_seed, give_memory, local
 from lit_palm.types import has_float64
 
 __all__ = ["PaLM", "PaLMCache", "PaLMConfig"]
-
-Bias = Tensor | Documents | None
 
 
 @dataclass
@@ -126,6 +125,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Names for `PaLMConfig.preset`; the two smallest fit a laptop, the others are the paper's."""
 
 
+Seen = Tensor | Documents | Sequences | None
+"""What a token sees: see `PaLM.attention_bias`; or what comes before it in the rows that its token belongs to."""
+
+
 class Linear(nn.Linear):
     """A bias-free linear map that is also quick for the few rows of a decoding step."""
 
@@ -198,7 +201,7 @@ class Block(nn.Module):
             self.q_norm = QKNorm(config.qk_norm, heads, head_dim, config.norm_eps)
             self.k_norm = QKNorm(config.qk_norm, kv_heads, head_dim, config.norm_eps)
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, ...], bias: Bias, cache: PaLMCache | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, ...], bias: Seen, cache: PaLMCache | None) -> Tensor:
         """[B, T, D] -> [B, T, D]; `rope` and `bias` come from `PaLM.forward`; the cache takes the keys and values."""
         # recomputed in here rather than around the block: a sharded block is then gathered once for both
         if self.recompute and self.training and torch.is_grad_enabled():
@@ -206,7 +209,7 @@ class Block(nn.Module):
             return result
         return self.compute(x_BTD, rope, bias, cache)
 
-    def compute(self, x_BTD: Tensor, rope: tuple[Tensor, ...], bias: Bias, cache: PaLMCache | None) -> Tensor:
+    def compute(self, x_BTD: Tensor, rope: tuple[Tensor, ...], bias: Seen, cache: PaLMCache | None) -> Tensor:
         """What `forward` gives."""
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
         qk, v, hidden = self.project(self.norm(x_BTD))
@@ -240,11 +243,14 @@ class Block(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, *rope[:2]), rotate(k, *rope[-2:])
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Bias, cache: PaLMCache | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Seen, cache: PaLMCache | None) -> Tensor:
         """Attention of q [B, T, H, Dh] over k and v [B, T, K, Dh], with the cache's before them: [B, T, H * Dh]."""
         dropout = self.dropout if self.training else 0.0
         if isinstance(bias, Documents):
             return attend_within(q, k, v, bias, dropout).flatten(2)
+        if isinstance(bias, Sequences):
+            q, k, v = (spread(t, bias) for t in (q, k, v))
+            return collect(self.attend(q, k, v, None, None), bias)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self.index, k, v)
@@ -278,7 +284,7 @@ class PaLM(Network):
     """
 
     config: PaLMConfig
-    takes_prefixes = True
+    takes_sequences = True
     in_parts = True
     lora_targets = ("attn_ffn_in", "attn_out", "ffn_out")
 
@@ -328,7 +334,7 @@ class PaLM(Network):
         mask: Tensor | None = None,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
-        prefixes: Tensor | None = None,
+        sequences: Sequences | None = None,
         cache: Cache | None = None,
         head: Head | None = None,
     ) -> Any:
@@ -340,10 +346,10 @@ class PaLM(Network):
         assert cache is None or isinstance(cache, PaLMCache), "a PaLM decodes with the cache of its own new_cache"
         assert cache is None or documents is None, "packed documents are for training, the cache is for decoding"
         past = cache.length if cache is not None else 0
-        # a row that shares a prompt holds several sequences; their positions are what must fit
-        if prefixes is None and past + tokens.shape[1] > self.config.max_length:
+        width = tokens.shape[1] if sequences is None else sequences.place.shape[1]
+        if past + width > self.config.max_length:
             raise ValueError(
-                f"{past + tokens.shape[1]} tokens are more than max_length ({self.config.max_length}): shorten the "
+                f"{past + width} tokens are more than max_length ({self.config.max_length}): shorten the "
                 "rows, or build the network with a larger max_length"
             )
         weight = self.embedding.weight
@@ -355,7 +361,7 @@ class PaLM(Network):
             if mask is not None:
                 cache.pad(mask, x.dtype)
         rope = self.rope(tokens, mask, positions, cache)
-        bias = self.attention_bias(x, mask, documents, prefixes, cache)
+        bias = sequences if sequences is not None else self.attention_bias(x, mask, documents, cache)
         for block in self.layers:
             x = block(x, rope, bias, cache)
         if cache is not None:
@@ -416,17 +422,10 @@ class PaLM(Network):
                 self._tables = tuple(table[:, None].to(dtype).to(device) for table in pairs)
         return self._tables
 
-    def attention_bias(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        documents: Tensor | None,
-        prefixes: Tensor | None,
-        cache: PaLMCache | None,
-    ) -> Bias:
+    def attention_bias(self, x: Tensor, mask: Tensor | None, documents: Tensor | None, cache: PaLMCache | None) -> Seen:
         """What is added to the attention scores, [B, 1, T, S] of 0 and -inf; None for plain causal attention; where
         documents lie, for attention within them."""
-        if documents is not None and mask is None and prefixes is None and (found := find_documents(documents)):
+        if documents is not None and mask is None and (found := find_documents(documents)):
             return found
         width, past = x.shape[1], cache.length if cache is not None else 0
         kept = None if cache is None else cache.bias_of(past + width)
@@ -434,4 +433,4 @@ class PaLM(Network):
             return None if kept is None else kept[:, None, None]
         if mask is None and documents is None and past == 0:
             return None
-        return bias_of(x, past, mask, documents, prefixes, kept)
+        return bias_of(x, past, mask, documents, kept)

@@ -25,12 +25,14 @@ import torch
 from torch import Tensor
 
 from lit_palm.models.base import Cache, Network
+from lit_palm.models.decoding import Decode, Decoding, decoding_form
 from lit_palm.models.kernels import last_logits
 from lit_palm.rollout.endings import NOT_FINITE, Ending
 from lit_palm.rollout.engine import check_limits, check_request
 from lit_palm.rollout.requests import Handle, QueueFull, Token
 from lit_palm.rollout.row_sampling import Draw, RowSampling
 from lit_palm.rollout.sampling import Sampling, uniform
+from lit_palm.timing import span
 from lit_palm.types import has_float64
 
 __all__ = ["Handle", "QueueFull", "Scheduler", "Token"]
@@ -55,7 +57,8 @@ class Scheduler:
     """Keeps a batch of completions going that anyone may join and leave.
 
     Args:
-        network: in evaluation mode; its cache must be able to `join` and `trim`.
+        network: in evaluation mode; its cache must be able to `join` and `trim`. It must not change from
+            now on: where that is quicker, rows decode with a copy of its weights (`lit_palm.models.decoding`).
         pad_id: an id to fill shorter rows with; it is never attended to.
         eos_id: the id that ends a completion; None: there is none.
         decode: ids -> text; needed for stop texts.
@@ -65,6 +68,10 @@ class Scheduler:
             and the network's `max_length`. One request may always run.
         prefill_tokens: most prompt tokens, padding included, that one step reads, since rows that are under way wait
             for it; a longer prompt is read in several steps.
+        decoding: how the network decodes; None: as it is quickest without a change of type.
+
+    Raises:
+        ValueError: a limit below 1, or what `decoding_form` refuses.
     """
 
     def __init__(
@@ -78,9 +85,11 @@ class Scheduler:
         max_queue: int | None = None,
         max_slots: int | None = None,
         prefill_tokens: int = 4096,
+        decoding: Decoding | None = None,
     ) -> None:
         check_limits(max_batch_size=max_batch_size, max_slots=max_slots)
         self.network, self.pad_id, self.eos_id, self.decode = network, pad_id, eos_id, decode
+        self.quick: Decode = decoding_form(network, decoding or Decoding())
         self.max_batch_size = math.inf if max_batch_size is None else max_batch_size
         self.max_queue = math.inf if max_queue is None else max_queue
         self.max_slots = math.inf if max_slots is None else max_slots
@@ -159,7 +168,8 @@ class Scheduler:
             if self.stale:
                 self._refresh()
             positions = self.positions[:, None]
-            logits.append(self.network(self.fed[:, None], positions=positions, cache=self.cache, head=last_logits))
+            with span("decode"):
+                logits.append(self.quick(self.fed[:, None], positions=positions, cache=self.cache, head=last_logits))
         read = self._read()
         if read is not None:
             logits.append(read)
@@ -227,7 +237,10 @@ class Scheduler:
         # one prompt alone has no padding, and may come in parts
         end = now.place + self.prefill_tokens if now.mask is None and len(now.tokens) == 1 else now.tokens.shape[1]
         part = now.tokens[:, now.place : end]
-        logits: Tensor = self.network(part, mask=now.mask, positions=now.positions, cache=now.cache, head=last_logits)
+        with span("prefill"):
+            logits: Tensor = self.network(
+                part, mask=now.mask, positions=now.positions, cache=now.cache, head=last_logits
+            )
         now.place += part.shape[1]
         if now.place < now.tokens.shape[1]:
             return None

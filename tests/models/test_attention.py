@@ -35,7 +35,7 @@ def test_it_is_the_formula(kv_heads: int) -> None:
     found = find_documents(ROWS)
     assert found is not None
     got = attend_within(q, k, v, found)
-    bias = bias_of(torch.zeros(3, 24, 1, dtype=torch.float64), 0, None, ROWS, None, None)
+    bias = bias_of(torch.zeros(3, 24, 1, dtype=torch.float64), 0, None, ROWS, None)
     keys, values = (t.repeat_interleave(4 // kv_heads, 2) for t in (k, v))
     scores = torch.einsum("bthd,bshd->bhts", q, keys) / 8**0.5 + bias
     expected = torch.einsum("bhts,bshd->bthd", scores.softmax(-1), values)
