@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -181,6 +182,8 @@ class Block(nn.Module):
 
     keep: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = staticmethod(lambda function: function)
     """Binds what is recomputed in the backward pass to the adapter that is active now (`lit_palm.models.adapted`)."""
+    compiled: Callable[..., Tensor] | None = None
+    """`compute` for any block, compiled; used unless the block decodes (`lit_palm.models.compiled`)."""
     spare = False
     """Recompute the feed-forward's inner values in the backward pass: below adapters memory is what counts."""
 
@@ -203,11 +206,12 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, ...], bias: Seen, cache: PaLMCache | None) -> Tensor:
         """[B, T, D] -> [B, T, D]; `rope` and `bias` come from `PaLM.forward`; the cache takes the keys and values."""
+        compute = self.compute if self.compiled is None or cache is not None else partial(self.compiled, self)
         # recomputed in here rather than around the block: a sharded block is then gathered once for both
         if self.recompute and self.training and torch.is_grad_enabled():
-            result: Tensor = checkpoint(self.keep(self.compute), x_BTD, rope, bias, cache, use_reentrant=False)
+            result: Tensor = checkpoint(self.keep(compute), x_BTD, rope, bias, cache, use_reentrant=False)
             return result
-        return self.compute(x_BTD, rope, bias, cache)
+        return compute(x_BTD, rope, bias, cache)
 
     def compute(self, x_BTD: Tensor, rope: tuple[Tensor, ...], bias: Seen, cache: PaLMCache | None) -> Tensor:
         """What `forward` gives."""
@@ -228,7 +232,7 @@ class Block(nn.Module):
 
     def join(self, attended: Tensor, hidden: Tensor) -> Tensor:
         """[B, T, D] from both halves."""
-        if self.spare and not self.recompute:
+        if self.spare and not self.recompute and not torch.compiler.is_compiling():
             with recomputed(hidden):
                 return self.attn_out(attended) + self.ffn_out(hidden)
         return self.attn_out(attended) + self.ffn_out(hidden)
@@ -423,9 +427,9 @@ class PaLM(Network):
         return self._tables
 
     def attention_bias(self, x: Tensor, mask: Tensor | None, documents: Tensor | None, cache: PaLMCache | None) -> Seen:
-        """What is added to the attention scores, [B, 1, T, S] of 0 and -inf; None for plain causal attention; where
-        documents lie, for attention within them."""
-        if documents is not None and mask is None and (found := find_documents(documents)):
+        """What is added to attention scores, [B, 1, T, S]; None for plain causal attention; where documents lie."""
+        eager = self.layers[0].compiled is None  # compiled for any length, not for these
+        if documents is not None and mask is None and eager and (found := find_documents(documents)):
             return found
         width, past = x.shape[1], cache.length if cache is not None else 0
         kept = None if cache is None else cache.bias_of(past + width)
