@@ -33,7 +33,7 @@ from lit_palm.models.base import Cache, Head, Network, NetworkConfig
 from lit_palm.models.cache import PaLMCache
 from lit_palm.models.half import attention, linear
 from lit_palm.models.kernels import recomputed, split_swiglu
-from lit_palm.models.side_by_side import Sequences, collect, spread
+from lit_palm.models.side_by_side import Seen, Sequences, collect, spread
 from lit_palm.models.weights import Fresh, fill, fresh_seed, give_memory, local
 from lit_palm.types import has_float64
 
@@ -124,10 +124,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "540b": {"d_model": 18432, "num_layers": 118, "num_heads": 48, **_PAPER},
 }
 """Names for `PaLMConfig.preset`; the two smallest fit a laptop, the others are the paper's."""
-
-
-Seen = Tensor | Documents | Sequences | None
-"""What a token sees: see `PaLM.attention_bias`; or what comes before it in the rows that its token belongs to."""
 
 
 class Linear(nn.Linear):
