@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lit_palm.models.attention import Documents
+
 __all__ = ["Seen", "Sequences", "SideBySide", "collect", "side_by_side", "spread"]
 
 WORTHWHILE = 0.96
@@ -39,7 +41,7 @@ class Sequences(NamedTuple):
     """[P, K] long: where in the flattened rows each of these stands; -1 where it stands in fewer than K."""
 
 
-Seen = Tensor | Sequences | None
+Seen = Tensor | Documents | Sequences | None
 """What attention is told that a token sees: a bias [B, 1, T, S] on its scores, or that it belongs to rows; None: what
 comes before it."""
 

@@ -56,8 +56,7 @@ class LitPolicy(LitModule):
         precompute_reference: compute the reference's log-probabilities of all data once, before training, and take the
             network off the device; for given data, not for rollouts.
         reference_update: let the reference follow the policy (an EMA, or TR-DPO's updates); None: it stays frozen.
-        value: checkpoint whose weights the value network starts from; None: the first reward model's, else the
-            policy's with a fresh head.
+        value: checkpoint that the value network starts from; None: the first reward model's, else the policy's trunk.
         rollout: sizes of a collection and of its minibatches.
         sampling: how completions are drawn, in training and validation; log-probabilities are taken at its temperature.
         engine: what samples.
@@ -66,10 +65,10 @@ class LitPolicy(LitModule):
         value_lr: learning rate of the value network; None: the optimiser's.
         clip_per_network: clip each network's gradient by its own norm rather than all together.
         overrides: fields to change in the configuration of the checkpoint's network, such as `dropout`.
-        sharding: how networks are spread where the Trainer's strategy spreads them, and what is kept off the device.
+        sharding: how networks are spread where the Trainer's strategy spreads them.
         lora: train adapters of policy and value on one frozen network, which is the reference too; None: all weights.
-        unfrozen_layers: train so many of the policy's topmost blocks and what is above them (of a value network that
-            starts as the policy too); None: everything.
+        unfrozen_layers: train so many of the policy's topmost blocks (a value network's that starts as it too).
+        compile: run the network's blocks through `torch.compile`: for GPUs; the first steps take minutes. A PaLM only.
     """
 
     kind: ClassVar[Kind] = "policy"
@@ -95,9 +94,10 @@ class LitPolicy(LitModule):
         sharding: Sharding | None = None,
         lora: LoRA | None = None,
         unfrozen_layers: int | None = None,
+        compile: bool = False,
     ) -> None:
         objective = objective or PPO()
-        options = clip_per_network, overrides, sharding, lora, unfrozen_layers
+        options = clip_per_network, overrides, sharding, lora, unfrozen_layers, compile
         super().__init__(network, objective, optimizer, scheduler, *options)
         self.rewards: list[Reward] = list(rewards or [])
         check_rewards(self.objective, [reward.name for reward in self.rewards])
