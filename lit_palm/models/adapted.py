@@ -196,8 +196,8 @@ class AdaptedNetwork(Network):
                 self.trunk.train()
 
     @property
-    def takes_prefixes(self) -> bool:  # type: ignore[override]
-        return self.trunk.takes_prefixes
+    def takes_sequences(self) -> bool:  # type: ignore[override]
+        return self.trunk.takes_sequences
 
     @property
     def in_parts(self) -> bool:  # type: ignore[override]
@@ -262,7 +262,7 @@ class View(Network):
         super().__init__()
         self.shared = called if called is not None else shared
         self.config, self.role, self.trained = shared.config, role, role in shared.trained
-        self.takes_prefixes = shared.takes_prefixes  # type: ignore[misc]
+        self.takes_sequences = shared.takes_sequences  # type: ignore[misc]
         self.__dict__["adapted"] = shared
         self.lora: dict[str, Any] | None = None
         """What a checkpoint says of the adapter and of what it stands on; set by the host."""

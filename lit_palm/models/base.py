@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_palm.models.side_by_side import Sequences
 from lit_palm.models.weights import Fresh, fill, fresh_seed, give_memory, local
 
 __all__ = ["Cache", "Head", "Network", "NetworkConfig", "ScalarNetwork"]
@@ -93,8 +94,8 @@ class Network(nn.Module, ABC):
 
     config: NetworkConfig
 
-    takes_prefixes: ClassVar[bool] = False
-    """Whether `forward` takes `prefixes`, so that a prompt with several completions can be encoded once."""
+    takes_sequences: ClassVar[bool] = False
+    """Whether `forward` takes `sequences`, so that it need not compute padding, nor a shared prompt more than once."""
 
     lora_targets: ClassVar[Sequence[str] | None] = None
     """Names of the linear layers that LoRA adapts unless told otherwise; None: what is usual, or all of them."""
@@ -135,8 +136,8 @@ class Network(nn.Module, ABC):
                 network cannot see it.
             positions: [B, T] long; None: cumsum(mask) - 1, or counted from the cache's length.
             documents: [B, T] long, a token attends only within its document; None: one document a row. A network that
-                `takes_prefixes` also takes `prefixes`: [B, T] long, a document that a token sees beside its own (the
-                prompt of several completions), -1 for none.
+                `takes_sequences` also takes `sequences` (`lit_palm.models.side_by_side`): the tokens [1, N] of several
+                rows side by side, with their positions, and how they make up these rows.
             cache: keys and values so far; the new ones are appended in place.
             head: called as head(hidden_BTD, weight_VD, logit_scale); its result is returned.
 
@@ -222,14 +223,20 @@ class ScalarNetwork(nn.Module):
         mask: Tensor | None = None,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
+        sequences: Sequences | None = None,
         calibrated: bool = True,
     ) -> Tensor:
-        """Scalar at every position: [B, T] in float32; arguments as for `Network.forward`."""
+        """Scalar at every position: [B, T] in float32; arguments as for `Network.forward`.
+
+        Of tokens that are laid side by side it gives those of the rows that they make up; on padding, anything.
+        """
+        options = {} if sequences is None else {"sequences": sequences}
 
         def head(hidden: Tensor, weight: Tensor, logit_scale: float) -> Tensor:
             return F.linear(hidden, local(self.head.weight), local(self.head.bias)).squeeze(-1)
 
-        raw: Tensor = self.trunk(tokens, mask=mask, positions=positions, documents=documents, head=head).float()
+        raw: Tensor = self.trunk(tokens, mask=mask, positions=positions, documents=documents, head=head, **options)
+        raw = raw.float() if sequences is None else raw.float().squeeze(0)[sequences.place]
         if self.pooling == "mean":
             assert documents is None, "a running mean knows nothing of packed documents"
             real = torch.ones_like(raw) if mask is None else mask.to(raw.dtype)

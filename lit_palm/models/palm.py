@@ -17,9 +17,9 @@ Shapes follow the legend of `lit_palm.types`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -28,10 +28,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils.checkpoint import checkpoint
 
+from lit_palm.models.attention import Documents, attend_within, bias_of, find_documents
 from lit_palm.models.base import Cache, Head, Network, NetworkConfig
 from lit_palm.models.cache import PaLMCache
 from lit_palm.models.half import attention, linear
 from lit_palm.models.kernels import recomputed, split_swiglu
+from lit_palm.models.side_by_side import Seen, Sequences, collect, spread
 from lit_palm.models.weights import Fresh, fill, fresh_seed, give_memory, local
 from lit_palm.types import has_float64
 
@@ -176,6 +178,8 @@ class Block(nn.Module):
 
     keep: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = staticmethod(lambda function: function)
     """Binds what is recomputed in the backward pass to the adapter that is active now (`lit_palm.models.adapted`)."""
+    compiled: Callable[..., Tensor] | None = None
+    """`compute` for any block, compiled; used unless the block decodes (`lit_palm.models.compiled`)."""
     spare = False
     """Recompute the feed-forward's inner values in the backward pass: below adapters memory is what counts."""
 
@@ -196,15 +200,16 @@ class Block(nn.Module):
             self.q_norm = QKNorm(config.qk_norm, heads, head_dim, config.norm_eps)
             self.k_norm = QKNorm(config.qk_norm, kv_heads, head_dim, config.norm_eps)
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, ...], bias: Tensor | None, cache: PaLMCache | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, ...], bias: Seen, cache: PaLMCache | None) -> Tensor:
         """[B, T, D] -> [B, T, D]; `rope` and `bias` come from `PaLM.forward`; the cache takes the keys and values."""
+        compute = self.compute if self.compiled is None or cache is not None else partial(self.compiled, self)
         # recomputed in here rather than around the block: a sharded block is then gathered once for both
         if self.recompute and self.training and torch.is_grad_enabled():
-            result: Tensor = checkpoint(self.keep(self.compute), x_BTD, rope, bias, cache, use_reentrant=False)
+            result: Tensor = checkpoint(self.keep(compute), x_BTD, rope, bias, cache, use_reentrant=False)
             return result
-        return self.compute(x_BTD, rope, bias, cache)
+        return compute(x_BTD, rope, bias, cache)
 
-    def compute(self, x_BTD: Tensor, rope: tuple[Tensor, ...], bias: Tensor | None, cache: PaLMCache | None) -> Tensor:
+    def compute(self, x_BTD: Tensor, rope: tuple[Tensor, ...], bias: Seen, cache: PaLMCache | None) -> Tensor:
         """What `forward` gives."""
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
         qk, v, hidden = self.project(self.norm(x_BTD))
@@ -223,7 +228,7 @@ class Block(nn.Module):
 
     def join(self, attended: Tensor, hidden: Tensor) -> Tensor:
         """[B, T, D] from both halves."""
-        if self.spare and not self.recompute:
+        if self.spare and not self.recompute and not torch.compiler.is_compiling():
             with recomputed(hidden):
                 return self.attn_out(attended) + self.ffn_out(hidden)
         return self.attn_out(attended) + self.ffn_out(hidden)
@@ -238,8 +243,14 @@ class Block(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, *rope[:2]), rotate(k, *rope[-2:])
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, cache: PaLMCache | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Seen, cache: PaLMCache | None) -> Tensor:
         """Attention of q [B, T, H, Dh] over k and v [B, T, K, Dh], with the cache's before them: [B, T, H * Dh]."""
+        dropout = self.dropout if self.training else 0.0
+        if isinstance(bias, Documents):
+            return attend_within(q, k, v, bias, dropout).flatten(2)
+        if isinstance(bias, Sequences):
+            q, k, v = (spread(t, bias) for t in (q, k, v))
+            return collect(self.attend(q, k, v, None, None), bias)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self.index, k, v)
@@ -258,7 +269,7 @@ class Block(nn.Module):
             k,
             v,
             bias,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=dropout,
             is_causal=bias is None,
             enable_gqa=grouped,
         )
@@ -273,7 +284,7 @@ class PaLM(Network):
     """
 
     config: PaLMConfig
-    takes_prefixes = True
+    takes_sequences = True
     in_parts = True
     lora_targets = ("attn_ffn_in", "attn_out", "ffn_out")
 
@@ -323,7 +334,7 @@ class PaLM(Network):
         mask: Tensor | None = None,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
-        prefixes: Tensor | None = None,
+        sequences: Sequences | None = None,
         cache: Cache | None = None,
         head: Head | None = None,
     ) -> Any:
@@ -335,10 +346,10 @@ class PaLM(Network):
         assert cache is None or isinstance(cache, PaLMCache), "a PaLM decodes with the cache of its own new_cache"
         assert cache is None or documents is None, "packed documents are for training, the cache is for decoding"
         past = cache.length if cache is not None else 0
-        # a row that shares a prompt holds several sequences; their positions are what must fit
-        if prefixes is None and past + tokens.shape[1] > self.config.max_length:
+        width = tokens.shape[1] if sequences is None else sequences.place.shape[1]
+        if past + width > self.config.max_length:
             raise ValueError(
-                f"{past + tokens.shape[1]} tokens are more than max_length ({self.config.max_length}): shorten the "
+                f"{past + width} tokens are more than max_length ({self.config.max_length}): shorten the "
                 "rows, or build the network with a larger max_length"
             )
         weight = self.embedding.weight
@@ -350,7 +361,7 @@ class PaLM(Network):
             if mask is not None:
                 cache.pad(mask, x.dtype)
         rope = self.rope(tokens, mask, positions, cache)
-        bias = self.attention_bias(x, mask, documents, prefixes, cache)
+        bias = sequences if sequences is not None else self.attention_bias(x, mask, documents, cache)
         for block in self.layers:
             x = block(x, rope, bias, cache)
         if cache is not None:
@@ -411,29 +422,15 @@ class PaLM(Network):
                 self._tables = tuple(table[:, None].to(dtype).to(device) for table in pairs)
         return self._tables
 
-    def attention_bias(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        documents: Tensor | None,
-        prefixes: Tensor | None,
-        cache: PaLMCache | None,
-    ) -> Tensor | None:
-        """What is added to the attention scores, [B, 1, T, S] of 0 and -inf; None for plain causal attention."""
+    def attention_bias(self, x: Tensor, mask: Tensor | None, documents: Tensor | None, cache: PaLMCache | None) -> Seen:
+        """What is added to attention scores, [B, 1, T, S]; None for plain causal attention; where documents lie."""
+        eager = self.layers[0].compiled is None  # compiled for any length, not for these
+        if documents is not None and mask is None and eager and (found := find_documents(documents)):
+            return found
         width, past = x.shape[1], cache.length if cache is not None else 0
         kept = None if cache is None else cache.bias_of(past + width)
         if cache is not None and width == 1:
             return None if kept is None else kept[:, None, None]
         if mask is None and documents is None and past == 0:
             return None
-        seen = torch.ones(width, past + width, dtype=torch.bool, device=x.device).tril(past)[None]
-        if kept is not None:
-            seen = seen & (kept[:, None] == 0)
-        elif mask is not None:
-            seen = seen & mask[:, None, :]
-        if documents is not None:
-            own = documents[:, :, None] == documents[:, None, :]
-            seen = seen & (own if prefixes is None else own | (prefixes[:, :, None] == documents[:, None, :]))
-        # padding sees itself: a softmax over nothing would be NaN
-        torch.diagonal(seen, past, -2, -1).fill_(True)
-        return torch.zeros(seen.shape, dtype=x.dtype, device=x.device).masked_fill(~seen, -math.inf)[:, None]
+        return bias_of(x, past, mask, documents, kept)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -16,11 +17,14 @@ from torch import Tensor
 
 from lit_palm.models.adapted import sampling_from
 from lit_palm.models.base import Network
+from lit_palm.models.hardware import measure_peak_bandwidth
 from lit_palm.modules.startup import check_first_ratio
+from lit_palm.parallel.sharded import is_sharded
 from lit_palm.rollout.collector import annotate, assemble, merge, prompt_order, take
 from lit_palm.rollout.loader import RolloutLoader
 from lit_palm.rollout.rewards import RewardBatch, reward_totals
 from lit_palm.rollout.sampling import row_seeds
+from lit_palm.timing import Stopwatch, span
 from lit_palm.types import Experience
 
 if TYPE_CHECKING:
@@ -33,6 +37,9 @@ VALIDATION = -1
 
 ENGINE_TOLERANCE = 1e-5
 """Nats a token within which `rollout.old_logps: auto` takes the engine's log-probabilities for those of training."""
+
+PHASES = ("rollout", "score", "old_logps", "reference", "value", "gather", "check", "prepare")
+"""What a collection's seconds go to, logged as `time/NAME_s` where it is done; together they are `time/collect_s`."""
 
 Prompt = dict[str, Any]
 """A prompt row: `prompt_ids` [n] long, `prompt` str, `columns` dict."""
@@ -51,7 +58,9 @@ class Rollouts:
         self.metrics: dict[str, float] = {}
         """Found out while collecting, to be logged with the next training step."""
         self.checked = False
-        self.update_started = 0.0
+        self.update_started = time.perf_counter()
+        """When the last collection was there; time spent in validation moves it."""
+        self._num_sampled = 0  # tokens of the collection under way, of all ranks
         self.record = False
         """Keep what is sampled in `records`, for people to read; whoever wants it says so before training."""
         self.records: tuple[int, list[dict[str, Any]]] | None = None
@@ -83,7 +92,14 @@ class Rollouts:
         """Sample, score, annotate and prepare one collection; the same on every rank, on the CPU."""
         module = self.module
         assert module.between_steps, "a collection in the middle of an optimiser step"
-        started = time.perf_counter()
+        with Stopwatch() as watch, span("collect"):
+            experience = self._collect(collection)
+        self._tell_times(watch)
+        self.update_started = time.perf_counter()
+        return experience
+
+    def _collect(self, collection: int) -> Experience:
+        module = self.module
         module.follow()  # what is due after the last step, or this collection would be held to an older reference
         training = module.networks.training
         module.networks.eval()  # no dropout while collecting and scoring
@@ -92,7 +108,8 @@ class Rollouts:
         module.networks.train(training)
         self._describe(experience)
         sampled = self._records(experience)
-        experience = module.objective.prepare(experience)
+        with span("prepare"):
+            experience = module.objective.prepare(experience)
         if rejected:  # no step is taken on what the objective refused
             experience["loss_mask"] = torch.zeros_like(experience["loss_mask"])
         if sampled is not None:
@@ -101,9 +118,21 @@ class Rollouts:
         self.metrics |= experience.get("metrics", {})
         if experience.num_rows == 0:
             rank_zero_warn(f"of collection {collection} the objective kept no completion: nothing is learned from it")
-        self.update_started = time.perf_counter()
-        self.metrics["time/collect_s"] = self.update_started - started
         return experience
+
+    def _tell_times(self, watch: Stopwatch) -> None:
+        """Where the seconds of a collection went, and how near sampling came to what the device can read."""
+        module, rollout = self.module, watch.seconds("rollout")
+        for name in ("collect", *(name for name in PHASES if watch.count(name))):
+            self.metrics[f"time/{name}_s"] = watch.seconds(name)
+        self.metrics["perf/rollout_tokens_per_s"] = self._num_sampled / rollout
+        self._num_sampled = 0
+        policy = module.networks["policy"]
+        # of an engine that tells its steps, and of weights that are here as a whole
+        if watch.count("decode") and module.trainer.loggers and not is_sharded(policy):
+            read = sum(p.numel() * p.element_size() for p in policy.parameters()) * watch.count("decode")
+            seconds = rollout - watch.seconds("prefill")
+            self.metrics["perf/rollout_bandwidth"] = read / seconds / peak_bandwidth(module.device)
 
     def _sample_until_full(self, collection: int) -> tuple[Experience, bool]:
         """The accepted rows of as many rounds as it takes, `rollout.max_rounds` at most.
@@ -142,13 +171,13 @@ class Rollouts:
         mine = torch.arange(module.layout.rank, config.num_prompts, module.layout.size)
         rows = ((number * config.num_prompts + mine)[:, None] * copies + torch.arange(copies)).flatten()
         prompts = [self.prompts[order[i]] for i in mine.tolist() for _ in range(copies)]
-        experience, batch, seconds = sample(module, prompts, rows, collection, copies)
-        for name, value in seconds.items():
-            self.metrics[name] = value + (self.metrics.get(name, 0.0) if number else 0.0)
+        experience, batch = sample(module, prompts, rows, collection, copies)
         annotate(experience, self._fields, config.batch_size, module.device)
         if self.record:
             experience["prompt"], experience["completion"] = batch.prompts, batch.completions
-        experience = merge([Experience(p) for p in module.layout.gather(dict(experience))], module.pad_id)
+        with span("gather"):
+            experience = merge([Experience(p) for p in module.layout.gather(dict(experience))], module.pad_id)
+        self._num_sampled += int(experience["loss_mask"].sum())
         module.samples = as_samples(batch, experience if module.layout.size == 1 else None)
         return self._settle_logps(experience)
 
@@ -156,11 +185,14 @@ class Rollouts:
         module, needs = self.module, self.module.objective.needs
         fields = {}
         if not self.checked or ("old_logps" in needs and not self.trusts_engine):
-            fields["old_logps"] = module.policy_logps(rows)
+            with span("old_logps"):
+                fields["old_logps"] = module.policy_logps(rows)
         if "reference" in needs:
-            fields["ref_logps"] = module.reference_logps(rows)
+            with span("reference"):
+                fields["ref_logps"] = module.reference_logps(rows)
         if "value" in needs:
-            fields["values"] = module.state_values(rows)
+            with span("value"):
+                fields["values"] = module.state_values(rows)
         return fields
 
     @property
@@ -174,7 +206,10 @@ class Rollouts:
         module, needs = self.module, self.module.objective.needs
         if not self.checked:
             self.checked = True
-            self.metrics["startup/max_logratio"] = check_first_ratio(module, experience)
+            with span("check"):
+                self.metrics["startup/max_logratio"] = check_first_ratio(module, experience)
+                if module.trainer.loggers:
+                    peak_bandwidth(module.device)  # takes a moment, and is known from now on
             apart = (experience["engine_logps"] - experience["old_logps"]).abs().max().item()
             self.metrics["startup/engine_logratio"] = apart
             if module.engine_agrees is None:  # a run that goes on keeps to what it began with
@@ -237,7 +272,7 @@ class Rollouts:
 @torch.no_grad()
 def sample(
     module: LitPolicy, prompts: Sequence[Prompt], rows: Tensor, stream: int, copies: int = 1
-) -> tuple[Experience, RewardBatch, dict[str, float]]:
+) -> tuple[Experience, RewardBatch]:
     """Complete prompts and score the completions.
 
     Args:
@@ -248,15 +283,14 @@ def sample(
         copies: completions a prompt (numbers the prompts).
 
     Returns:
-        The experience so far, what the rewards saw, and seconds by name.
+        The experience so far, and what the rewards saw.
 
     Raises:
         ValueError: a prompt does not fit, or a reward misbehaves.
     """
     tokenizer, policy = module.ready_tokenizer, cast(Network, module.network_of("policy"))
     ids = [p["prompt_ids"] for p in prompts]
-    start = time.perf_counter()
-    with sampling_from(policy):
+    with span("rollout"), sampling_from(policy):
         generation = module.engine.generate(
             policy,
             ids,
@@ -266,7 +300,6 @@ def sample(
             eos_id=tokenizer.eos_id,
             decode=tokenizer.decode,
         )
-    seconds = {"time/rollout_s": time.perf_counter() - start}
     experience = assemble(ids, generation, tokenizer.pad_id, rows, rows // copies)
     experience["engine_logps"] = torch.zeros(experience["tokens"].shape, dtype=torch.float32)
     experience["engine_logps"][experience["loss_mask"]] = torch.cat(generation.logps).float()
@@ -284,13 +317,18 @@ def sample(
         tokens=experience["tokens"],
         mask=experience["mask"],
     )
-    start = time.perf_counter()
-    if module.rewards:
-        experience["scores"], experience["rewards"], tokens = reward_totals(module.rewards, batch)
-        if tokens is not None:
-            experience["token_rewards"] = tokens
-    seconds["time/score_s"] = time.perf_counter() - start
-    return experience, batch, seconds
+    with span("score"):
+        if module.rewards:
+            experience["scores"], experience["rewards"], tokens = reward_totals(module.rewards, batch)
+            if tokens is not None:
+                experience["token_rewards"] = tokens
+    return experience, batch
+
+
+@cache
+def peak_bandwidth(device: torch.device) -> float:
+    """Bytes a second that a device reads, measured once."""
+    return measure_peak_bandwidth(device)
 
 
 def completion_text(text: str, reason: str, stop: Sequence[str]) -> str:

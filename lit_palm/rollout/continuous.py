@@ -32,6 +32,7 @@ from lit_palm.rollout.engine import check_limits, check_request
 from lit_palm.rollout.requests import Handle, QueueFull, Token
 from lit_palm.rollout.row_sampling import Draw, RowSampling
 from lit_palm.rollout.sampling import Sampling, uniform
+from lit_palm.timing import span
 from lit_palm.types import has_float64
 
 __all__ = ["Handle", "QueueFull", "Scheduler", "Token"]
@@ -167,7 +168,8 @@ class Scheduler:
             if self.stale:
                 self._refresh()
             positions = self.positions[:, None]
-            logits.append(self.quick(self.fed[:, None], positions=positions, cache=self.cache, head=last_logits))
+            with span("decode"):
+                logits.append(self.quick(self.fed[:, None], positions=positions, cache=self.cache, head=last_logits))
         read = self._read()
         if read is not None:
             logits.append(read)
@@ -229,13 +231,13 @@ class Scheduler:
             self.joining, self.reading = self._admit(), None
             if not self.joining:
                 return None
-        if self.reading is None:
-            self.reading = self._begin(self.joining)
-        now = self.reading
+        now = self.reading = self.reading or self._begin(self.joining)
         # one prompt alone has no padding, and may come in parts
         end = now.place + self.prefill_tokens if now.mask is None and len(now.tokens) == 1 else now.tokens.shape[1]
         part = now.tokens[:, now.place : end]
-        logits: Tensor = self.network(part, mask=now.mask, positions=now.positions, cache=now.cache, head=last_logits)
+        where = {"mask": now.mask, "positions": now.positions, "cache": now.cache}
+        with span("prefill"):
+            logits: Tensor = self.network(part, head=last_logits, **where)
         now.place += part.shape[1]
         if now.place < now.tokens.shape[1]:
             return None

@@ -1,24 +1,31 @@
-"""The comparison with TRL runs, in its short form; what it measures is read by people, never gated on."""
+"""The comparisons with TRL and palm-rlhf-pytorch run, in their short form; what they measure is read by people."""
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.benchmarks.jobs.alignment import jobs
+from tests.benchmarks.measuring import Crew, measure
 
 
-def test_the_short_form_measures_both_sides(tmp_path: Path) -> None:
-    for package in ("trl", "lit_palm_dpo", "lit_palm_grpo"):
+@pytest.mark.parametrize("name", ["dpo-float32", "dpo-precomputed", "grpo-float32", "ppo"])
+def test_the_short_form_measures_both_sides(name: str, crew: Crew) -> None:
+    [job] = [job for job in jobs("short") if job.name == name]
+    result = measure(job, crew)
+    assert not result.failed and not result.left_out
+    assert set(result.costs) == {side.name for side in job.sides}
+    assert all(len(costs) == job.repeats and min(costs) > 0 for costs in result.costs.values())
+
+
+@pytest.fixture(scope="module")
+def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
+    """This environment on both sides."""
+    for package in ("trl", "palm_rlhf_pytorch", "lit_palm_dpo", "lit_palm_grpo"):
         pytest.importorskip(package)
-    output = tmp_path / "alignment.json"
-    command = [sys.executable, "-m", "tests.benchmarks.alignment", "--short", "--threads", "1", "--output", str(output)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads(output.read_text(encoding="utf-8"))["results"]
-    assert list(results) == ["dpo", "grpo"] and all(r["ratio"] > 0 and r["peer_seconds"] for r in results.values())
-    assert sum("ours / TRL" in line for line in done.stdout.splitlines()) == 2
+    python = {"ours": sys.executable, "peers": sys.executable}
+    found = Crew(python, 1, tmp_path_factory.mktemp("scratch"))
+    yield found
+    found.close()
