@@ -264,3 +264,16 @@ def _check_lora(role: str, there: dict[str, Any] | None, here: dict[str, Any] | 
             raise ValueError(
                 f"the checkpoint to resume has lora.{key} {there[key]!r} in its {role}, the configuration {here[key]!r}"
             )
+
+
+def check_sampling(engine: Engine, sampling: Sampling, rollout: RolloutConfig, objective: Objective) -> bool:
+    """Whether completions come from other kernels or older weights than those trained; the objective is told.
+
+    Raises:
+        ValueError: the engine cannot keep to the settings.
+    """
+    engine.check(sampling)
+    elsewhere = "rollouts" in objective.needs and (engine.apart or rollout.asynchronous)
+    if elsewhere:
+        objective.sampled_elsewhere()
+    return elsewhere

@@ -21,6 +21,9 @@ __all__ = ["evaluate_prompts", "means_of_rows"]
 @torch.no_grad()
 def evaluate_prompts(module: LitPolicy, batch: dict[str, Any]) -> list[dict[str, Any]]:
     """Continue a batch of prompts with seeds of their own; rows of text, length, divergence and rewards."""
+    if module.rollouts is not None and module.rollouts.ahead is not None and module.engine.apart:
+        module.rollouts.ahead.wait()  # an engine elsewhere has one set of weights at a time
+    module.handover()
     with module.uneven_passes():  # by every process, also by one that has nothing but fillers
         return _evaluate(module, batch)
 

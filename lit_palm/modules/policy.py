@@ -15,8 +15,9 @@ from lit_palm.models.adapted import is_view
 from lit_palm.models.base import Network, NetworkConfig
 from lit_palm.models.lora import LoRA
 from lit_palm.modules.checkpoint import Role
-from lit_palm.modules.compatibility import check_reference, check_rewards
+from lit_palm.modules.compatibility import check_reference, check_rewards, check_sampling
 from lit_palm.modules.evaluation import evaluate_prompts, means_of_rows
+from lit_palm.modules.handover import Handover
 from lit_palm.modules.host import LitModule, default_optimizer
 from lit_palm.modules.language_model import language_model_output
 from lit_palm.modules.lora_stages import policy_roles
@@ -109,6 +110,8 @@ class LitPolicy(LitModule):
         if "rollouts" in self.objective.needs and self.sampling.temperature <= 0:
             raise ValueError("sampling.temperature must be positive to learn from samples; 1.0 is usual")
         self.engine: Engine = engine or CachedEngine()
+        self.handover = Handover(self)
+        self.samples_elsewhere = check_sampling(self.engine, self.sampling, self.rollout, self.objective)
         # frozen networks stay out of the module tree: neither trained, synchronised, nor written into checkpoints
         self.frozen: dict[str, nn.Module] = {}
         self.rollouts: Rollouts | None = None
@@ -186,6 +189,7 @@ class LitPolicy(LitModule):
         return {"lr": self.value_lr} if role == "value" and self.value_lr is not None else {}
 
     def _place_frozen(self, stage: str = "predict") -> None:
+        self.handover.forget()
         self._move_frozen(self.sharding.frozen != "offloaded" or "rollouts" not in self.objective.needs)
         for reward in self.rewards:
             reward.network = self.frozen.get(f"reward/{reward.name}", reward.network)
@@ -300,6 +304,8 @@ class LitPolicy(LitModule):
         # the loader cannot log: what a collection found out is logged with its first minibatch
         if self.rollouts is not None:
             self.rollouts.fit_epoch()
+            if self.rollouts.ahead is not None:
+                self.rollouts.ahead.check()
             for name, value in self.rollouts.pop_metrics().items():
                 self.log(name, value, batch_size=1, prog_bar=name in self.progress_metrics)
 

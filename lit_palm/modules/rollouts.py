@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -16,8 +17,12 @@ from torch import Tensor
 
 from lit_palm.models.adapted import sampling_from
 from lit_palm.models.base import Network
+from lit_palm.modules.handover import raise_everywhere
+from lit_palm.modules.overlap import Ahead, check_overlap
 from lit_palm.modules.startup import check_first_ratio
+from lit_palm.objectives.functional import importance_metrics
 from lit_palm.rollout.collector import annotate, assemble, merge, prompt_order, take
+from lit_palm.rollout.engine_base import Generation
 from lit_palm.rollout.loader import RolloutLoader
 from lit_palm.rollout.rewards import RewardBatch, reward_totals
 from lit_palm.rollout.sampling import row_seeds
@@ -58,6 +63,7 @@ class Rollouts:
         """Number and rows of the last collection."""
         self._most_batches = 0.0
         objective, config = module.objective, module.rollout
+        self.ahead = Ahead(module) if config.asynchronous else None
         if config.num_prompts % module.layout.size:
             raise ValueError(
                 f"rollout.num_prompts {config.num_prompts} must be a multiple of the {module.layout.size} "
@@ -77,6 +83,9 @@ class Rollouts:
             module.layout.rank,
             module.layout.size,
         )
+        self.loader.ahead = self.ahead
+        if self.ahead is not None:
+            check_overlap(module)
 
     @torch.no_grad()
     def collect(self, collection: int) -> Experience:
@@ -87,6 +96,9 @@ class Rollouts:
         module.follow()  # what is due after the last step, or this collection would be held to an older reference
         training = module.networks.training
         module.networks.eval()  # no dropout while collecting and scoring
+        if self.ahead is not None:
+            self.ahead.wait()  # what is under way is of the weights before
+        module.handover()
         with module.uneven_passes(), module.numerics():
             experience, rejected = self._sample_until_full(collection)
         module.networks.train(training)
@@ -98,6 +110,8 @@ class Rollouts:
         if sampled is not None:
             kept = set() if rejected else set(experience["row"].tolist())
             self.records = collection, [{**row, "kept": row["row"] in kept} for row in sampled]
+        if self.ahead is not None:
+            self.ahead.drop(collection)
         self.metrics |= experience.get("metrics", {})
         if experience.num_rows == 0:
             rank_zero_warn(f"of collection {collection} the objective kept no completion: nothing is learned from it")
@@ -135,14 +149,15 @@ class Rollouts:
     def _round(self, collection: int, number: int) -> Experience:
         """The completions of `num_prompts` prompts, scored and annotated, of all ranks."""
         module, config = self.module, self.module.rollout
-        copies = config.completions_per_prompt
-        start = collection * config.num_prompts
-        order = prompt_order(len(self.prompts), config.seed, start, config.num_prompts, stream=number)
-        # whole prompts go to a rank, so that the completions of one share its prefill
-        mine = torch.arange(module.layout.rank, config.num_prompts, module.layout.size)
-        rows = ((number * config.num_prompts + mine)[:, None] * copies + torch.arange(copies)).flatten()
-        prompts = [self.prompts[order[i]] for i in mine.tolist() for _ in range(copies)]
-        experience, batch, seconds = sample(module, prompts, rows, collection, copies)
+        prompts, rows = self._mine(collection, number)
+        generated = None if number else self._ahead_of(collection, rows)
+        fresh = generated is None
+        experience, batch, seconds = sample(
+            module, prompts, rows, collection, config.completions_per_prompt, generated, together=True
+        )
+        if self.ahead is not None and not number:
+            coming, rows_coming = self._mine(collection + 1, 0)
+            self.ahead.start(collection + 1, rows_coming, [p["prompt_ids"] for p in coming])
         for name, value in seconds.items():
             self.metrics[name] = value + (self.metrics.get(name, 0.0) if number else 0.0)
         annotate(experience, self._fields, config.batch_size, module.device)
@@ -150,7 +165,34 @@ class Rollouts:
             experience["prompt"], experience["completion"] = batch.prompts, batch.completions
         experience = merge([Experience(p) for p in module.layout.gather(dict(experience))], module.pad_id)
         module.samples = as_samples(batch, experience if module.layout.size == 1 else None)
-        return self._settle_logps(experience)
+        return self._settle_logps(experience, fresh)
+
+    def _mine(self, collection: int, number: int) -> tuple[list[Prompt], Tensor]:
+        """This process's prompts of a round, one for each completion, and their global row numbers."""
+        module, config = self.module, self.module.rollout
+        copies = config.completions_per_prompt
+        start = collection * config.num_prompts
+        order = prompt_order(len(self.prompts), config.seed, start, config.num_prompts, stream=number)
+        # whole prompts go to a rank, so that the completions of one share its prefill
+        mine = torch.arange(module.layout.rank, config.num_prompts, module.layout.size)
+        rows = ((number * config.num_prompts + mine)[:, None] * copies + torch.arange(copies)).flatten()
+        return [self.prompts[order[i]] for i in mine.tolist() for _ in range(copies)], rows
+
+    def _ahead_of(self, collection: int, rows: Tensor) -> Generation | None:
+        """The completions that were sampled ahead, unless there are none or they are too stale."""
+        if self.ahead is None:
+            return None
+        taken = self.ahead.take(collection, rows)
+        behind = 0 if taken is None else self.module.trainer.global_step - taken.step
+        limit = self.module.rollout.max_staleness
+        if limit is not None and behind > limit:
+            taken, behind = None, 0
+        self.metrics["rollout/staleness"] = float(behind)
+        self.metrics["rollout/staleness_collections"] = float(behind > 0)
+        if taken is None:
+            return None
+        self.metrics["rollout/overlapped_s"] = taken.seconds
+        return taken.generation
 
     def _fields(self, rows: Experience) -> dict[str, Tensor]:
         module, needs = self.module, self.module.objective.needs
@@ -167,19 +209,33 @@ class Rollouts:
     def trusts_engine(self) -> bool:
         """Whether the engine's log-probabilities stand in for those of a forward pass."""
         choice = self.module.rollout.old_logps
+        if choice == "auto" and self.module.samples_elsewhere:
+            return False
         return choice == "engine" or (choice == "auto" and self.module.engine_agrees is True)
 
-    def _settle_logps(self, experience: Experience) -> Experience:
-        """Check the first collection; then leave the log-probabilities that the objective asked for."""
+    def _settle_logps(self, experience: Experience, fresh: bool) -> Experience:
+        """Check the first collection; then leave the log-probabilities that the objective asked for.
+
+        Args:
+            experience: annotated.
+            fresh: it was sampled from the policy as it is.
+        """
         module, needs = self.module, self.module.objective.needs
+        engine = experience["engine_logps"]
+        if not fresh:  # of an older policy
+            experience.pop("engine_logps")
         if not self.checked:
             self.checked = True
             self.metrics["startup/max_logratio"] = check_first_ratio(module, experience)
-            apart = (experience["engine_logps"] - experience["old_logps"]).abs().max().item()
-            self.metrics["startup/engine_logratio"] = apart
-            if module.engine_agrees is None:  # a run that goes on keeps to what it began with
-                module.engine_agrees = apart <= ENGINE_TOLERANCE
-        engine = experience.pop("engine_logps")
+            if fresh:
+                apart = (engine - experience["old_logps"]).abs().max().item()
+                self.metrics["startup/engine_logratio"] = apart
+                if module.engine_agrees is None:  # a run that goes on keeps to what it began with
+                    module.engine_agrees = apart <= ENGINE_TOLERANCE
+        experience.pop("engine_logps", None)
+        if module.samples_elsewhere and "old_logps" in experience:
+            cap = getattr(module.objective, "importance_cap", None)
+            self.metrics |= importance_metrics(experience["old_logps"], engine, experience["loss_mask"], cap)
         if self.trusts_engine:
             experience["old_logps"] = engine
         if "old_logps" not in needs:
@@ -236,7 +292,13 @@ class Rollouts:
 
 @torch.no_grad()
 def sample(
-    module: LitPolicy, prompts: Sequence[Prompt], rows: Tensor, stream: int, copies: int = 1
+    module: LitPolicy,
+    prompts: Sequence[Prompt],
+    rows: Tensor,
+    stream: int,
+    copies: int = 1,
+    generation: Generation | None = None,
+    together: bool = False,
 ) -> tuple[Experience, RewardBatch, dict[str, float]]:
     """Complete prompts and score the completions.
 
@@ -246,6 +308,8 @@ def sample(
         rows: [B] global row numbers, which with the seed and `stream` determine what is sampled.
         stream: number of the collection, or VALIDATION.
         copies: completions a prompt (numbers the prompts).
+        generation: the completions, where they have been sampled.
+        together: every process samples now, so that an engine's failure on one is a failure on all.
 
     Returns:
         The experience so far, what the rewards saw, and seconds by name.
@@ -253,19 +317,12 @@ def sample(
     Raises:
         ValueError: a prompt does not fit, or a reward misbehaves.
     """
-    tokenizer, policy = module.ready_tokenizer, cast(Network, module.network_of("policy"))
+    tokenizer = module.ready_tokenizer
     ids = [p["prompt_ids"] for p in prompts]
     start = time.perf_counter()
-    with sampling_from(policy):
-        generation = module.engine.generate(
-            policy,
-            ids,
-            module.sampling,
-            row_seeds(module.rollout.seed, stream, rows),
-            pad_id=tokenizer.pad_id,
-            eos_id=tokenizer.eos_id,
-            decode=tokenizer.decode,
-        )
+    if generation is None:
+        seeds = row_seeds(module.rollout.seed, stream, rows)
+        generation = generate(module, ids, seeds, together and module.engine.apart)
     seconds = {"time/rollout_s": time.perf_counter() - start}
     experience = assemble(ids, generation, tokenizer.pad_id, rows, rows // copies)
     experience["engine_logps"] = torch.zeros(experience["tokens"].shape, dtype=torch.float32)
@@ -291,6 +348,38 @@ def sample(
             experience["token_rewards"] = tokens
     seconds["time/score_s"] = time.perf_counter() - start
     return experience, batch, seconds
+
+
+def generate(module: LitPolicy, ids: Sequence[Tensor], seeds: Tensor, agreed: bool) -> Generation:
+    """What the engine samples for prompts.
+
+    Args:
+        module: the policy with its engine.
+        ids: prompts.
+        seeds: one for each.
+        agreed: every process is here, and where one fails, all do.
+    """
+    tokenizer, policy = module.ready_tokenizer, cast(Network, module.network_of("policy"))
+    failure: Exception | None = None
+    try:
+        # an engine elsewhere has weights of its own
+        with nullcontext() if module.engine.apart else sampling_from(policy):
+            generation = module.engine.generate(
+                policy,
+                ids,
+                module.sampling,
+                seeds,
+                pad_id=tokenizer.pad_id,
+                eos_id=tokenizer.eos_id,
+                decode=tokenizer.decode,
+            )
+    except Exception as error:
+        if not agreed:
+            raise
+        failure = error
+    if agreed:
+        raise_everywhere(module.layout, failure)
+    return generation
 
 
 def completion_text(text: str, reason: str, stop: Sequence[str]) -> str:

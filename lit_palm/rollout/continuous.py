@@ -150,6 +150,11 @@ class Scheduler:
             if handle.finish_reason is None:
                 handle.end("error", error)
 
+    def change_weights(self, change: Callable[[Network], None]) -> None:
+        """Let the network's weights be changed, between two steps and while no row is under way."""
+        assert not self.busy, "rows would go on with keys and values of other weights"
+        change(self.network)
+
     @torch.no_grad()
     def step(self) -> bool:
         """Draw one token for every row, those that join now included; False when nothing is left to do."""
