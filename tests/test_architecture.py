@@ -25,6 +25,7 @@ LONGER = {"lit_palm/models/palm.py": 440, "lit_palm/modules/host.py": 400, "lit_
 # Arrows point from a lower number to a higher one: a room imports rooms of its own or a lower number.
 LEVELS = {
     "types": 0,
+    "timing": 0,
     "version": 0,
     "optim": 0,
     "models": 1,
@@ -57,6 +58,7 @@ NO_LIGHTNING = (
     "lit_palm/objectives/",
     "lit_palm/plugins/",
     "lit_palm/types.py",
+    "lit_palm/timing.py",
     "lit_palm/optim.py",
     "lit_palm/rollout/sampling.py",
     "lit_palm/rollout/advantages.py",

@@ -14,8 +14,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lit_palm.callbacks.learning_rate import is_log_step
+from lit_palm.models.hardware import measure_peak_flops
 
-__all__ = ["Throughput", "measure_peak_flops"]
+__all__ = ["Throughput"]
 
 
 class Throughput(Callback):
@@ -102,20 +103,6 @@ class Throughput(Callback):
         if trainer.state.fn == "fit" and self.state_key in checkpoint.get("callbacks", {}):
             self._count(trainer, pl_module)
             checkpoint["callbacks"][self.state_key] = self.state_dict()
-
-
-def measure_peak_flops(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
-    """FLOPs a second of the fastest large matrix product on a device: what a perfect step could reach."""
-    best, seconds, size = 0.0, 0.0, 256
-    while seconds < 0.02 and size <= 16384:
-        matrix = torch.ones(size, size, device=device, dtype=dtype)
-        for _ in range(3):  # the first is the warm-up; reading one element waits for the device
-            start = time.perf_counter()
-            float((matrix @ matrix)[0, 0])
-            seconds = max(time.perf_counter() - start, 1e-9)
-            best = max(best, 2 * size**3 / seconds)
-        size *= 2
-    return best
 
 
 def _dtype(precision: str) -> torch.dtype:

@@ -12,6 +12,9 @@ from lit_palm.modules.checkpoint import FORMAT
 from lit_palm.modules.origin import class_path, differences
 from lit_palm.objectives.base import Kind, Need, Objective
 from lit_palm.parallel.sharded import bare
+from lit_palm.rollout.collector import RolloutConfig
+from lit_palm.rollout.engine_base import Engine
+from lit_palm.rollout.sampling import Sampling
 
 __all__ = [
     "check_extras",
@@ -21,6 +24,7 @@ __all__ = [
     "check_resumable",
     "check_rewards",
     "check_same_run",
+    "check_sampling",
     "config_of",
     "language_model_of",
 ]
@@ -270,10 +274,13 @@ def check_sampling(engine: Engine, sampling: Sampling, rollout: RolloutConfig, o
     """Whether completions come from other kernels or older weights than those trained; the objective is told.
 
     Raises:
-        ValueError: the engine cannot keep to the settings.
+        ValueError: nothing could be learned from the samples, or the engine cannot keep to the settings.
     """
+    samples = "rollouts" in objective.needs
+    if samples and sampling.temperature <= 0:
+        raise ValueError("sampling.temperature must be positive to learn from samples; 1.0 is usual")
     engine.check(sampling)
-    elsewhere = "rollouts" in objective.needs and (engine.apart or rollout.asynchronous)
+    elsewhere = samples and (engine.apart or rollout.asynchronous)
     if elsewhere:
         objective.sampled_elsewhere()
     return elsewhere

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lit_palm.modules.rollouts import VALIDATION, sample
+from lit_palm.modules.completions import generate, score
+from lit_palm.modules.rollouts import VALIDATION
 from lit_palm.rollout.collector import annotate
 from lit_palm.types import Experience
 
@@ -44,7 +45,8 @@ def _evaluate(module: LitPolicy, batch: dict[str, Any]) -> list[dict[str, Any]]:
     def compute(rows: Experience) -> dict[str, Tensor]:
         return {"difference": module.policy_logps(rows) - module.reference_logps(rows)}
 
-    experience, scored, _ = sample(module, prompts, batch["row"][real], VALIDATION)
+    rows = batch["row"][real]
+    experience, scored = score(module, prompts, rows, generate(module, prompts, rows, VALIDATION))
     annotate(experience, compute, module.rollout.batch_size, module.device)
     kl = experience["difference"].sum(1)
     rewards = experience.get("rewards", {})

@@ -12,7 +12,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -125,7 +125,7 @@ def whole_weights(network: nn.Module) -> Mapping[str, Tensor]:
 
 def _full(tensor: Tensor) -> Tensor:
     # a part is gathered on its device and kept on the host, where the others wait for it
-    return tensor.detach().full_tensor().cpu() if isinstance(tensor, DTensor) else tensor.detach()
+    return tensor.detach() if not isinstance(tensor, DTensor) else cast(DTensor, tensor.detach()).full_tensor().cpu()
 
 
 def _merged(view: View) -> Iterator[tuple[str, Tensor]]:

@@ -189,10 +189,10 @@ class Ahead:
 
     # ------------------------------------------------------------------ checkpoints
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[int, Any]:
         """All that was sampled ahead, of all processes, as tensors and lists; by every process."""
         self.wait()
-        found = {}
+        found: dict[int, Any] = {}
         for number, entry in sorted(self.entries.items()):
             failed = entry.done.exception() is not None
             part = None if failed else (entry.rows, entry.done.result()[0])

@@ -105,10 +105,7 @@ class LitPolicy(LitModule):
         self.reference, self.value, self.value_lr = reference, value, value_lr
         self.reference_update = reference_update
         self.precomputed = PrecomputedReference() if precompute_reference else None
-        self.rollout = rollout or RolloutConfig()
-        self.sampling = sampling or Sampling()
-        if "rollouts" in self.objective.needs and self.sampling.temperature <= 0:
-            raise ValueError("sampling.temperature must be positive to learn from samples; 1.0 is usual")
+        self.rollout, self.sampling = rollout or RolloutConfig(), sampling or Sampling()
         self.engine: Engine = engine or CachedEngine()
         self.handover = Handover(self)
         self.samples_elsewhere = check_sampling(self.engine, self.sampling, self.rollout, self.objective)
@@ -116,6 +113,7 @@ class LitPolicy(LitModule):
         self.frozen: dict[str, nn.Module] = {}
         self.rollouts: Rollouts | None = None
         self._reference_id = ""
+        self._validation_started = 0.0
         self.engine_agrees: bool | None = None
         """The engine's log-probabilities equalled those of training in the first collection; None: not known yet."""
         self.starts_as_reference = False
@@ -225,8 +223,13 @@ class LitPolicy(LitModule):
         self._place_frozen("fit")
 
     def on_validation_start(self) -> None:
+        self._validation_started = time.perf_counter()
         if self.trainer.state.fn == "validate":  # within fit they are in their place already
             self._place_frozen("validation")
+
+    def on_validation_end(self) -> None:
+        if self.rollouts is not None:  # is no part of the update
+            self.rollouts.update_started += time.perf_counter() - self._validation_started
 
     def on_test_start(self) -> None:
         self._place_frozen("test")
@@ -304,8 +307,6 @@ class LitPolicy(LitModule):
         # the loader cannot log: what a collection found out is logged with its first minibatch
         if self.rollouts is not None:
             self.rollouts.fit_epoch()
-            if self.rollouts.ahead is not None:
-                self.rollouts.ahead.check()
             for name, value in self.rollouts.pop_metrics().items():
                 self.log(name, value, batch_size=1, prog_bar=name in self.progress_metrics)
 

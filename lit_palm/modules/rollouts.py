@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lit_palm.models.adapted import sampling_from
-from lit_palm.models.base import Network
-from lit_palm.modules.handover import raise_everywhere
+from lit_palm.models.hardware import measure_peak_bandwidth
+from lit_palm.modules.completions import Prompt, as_samples, generate, score
 from lit_palm.modules.overlap import Ahead, check_overlap
 from lit_palm.modules.startup import check_first_ratio
 from lit_palm.objectives.functional import importance_metrics
-from lit_palm.rollout.collector import annotate, assemble, merge, prompt_order, take
+from lit_palm.parallel.sharded import is_sharded
+from lit_palm.rollout.collector import annotate, merge, prompt_order, take
 from lit_palm.rollout.engine_base import Generation
 from lit_palm.rollout.loader import RolloutLoader
-from lit_palm.rollout.rewards import RewardBatch, reward_totals
-from lit_palm.rollout.sampling import row_seeds
+from lit_palm.timing import Stopwatch, span
 from lit_palm.types import Experience
 
 if TYPE_CHECKING:
@@ -39,8 +38,8 @@ VALIDATION = -1
 ENGINE_TOLERANCE = 1e-5
 """Nats a token within which `rollout.old_logps: auto` takes the engine's log-probabilities for those of training."""
 
-Prompt = dict[str, Any]
-"""A prompt row: `prompt_ids` [n] long, `prompt` str, `columns` dict."""
+PHASES = ("rollout", "score", "old_logps", "reference", "value", "gather", "check", "prepare")
+"""What a collection's seconds go to, logged as `time/NAME_s` where it is done; together they are `time/collect_s`."""
 
 
 class Rollouts:
@@ -56,7 +55,9 @@ class Rollouts:
         self.metrics: dict[str, float] = {}
         """Found out while collecting, to be logged with the next training step."""
         self.checked = False
-        self.update_started = 0.0
+        self.update_started = time.perf_counter()
+        """When the last collection was there; time spent in validation moves it."""
+        self._num_sampled = 0  # tokens of the collection under way, of all ranks
         self.record = False
         """Keep what is sampled in `records`, for people to read; whoever wants it says so before training."""
         self.records: tuple[int, list[dict[str, Any]]] | None = None
@@ -92,7 +93,14 @@ class Rollouts:
         """Sample, score, annotate and prepare one collection; the same on every rank, on the CPU."""
         module = self.module
         assert module.between_steps, "a collection in the middle of an optimiser step"
-        started = time.perf_counter()
+        with Stopwatch() as watch, span("collect"):
+            experience = self._collect(collection)
+        self._tell_times(watch)
+        self.update_started = time.perf_counter()
+        return experience
+
+    def _collect(self, collection: int) -> Experience:
+        module = self.module
         module.follow()  # what is due after the last step, or this collection would be held to an older reference
         training = module.networks.training
         module.networks.eval()  # no dropout while collecting and scoring
@@ -104,7 +112,8 @@ class Rollouts:
         module.networks.train(training)
         self._describe(experience)
         sampled = self._records(experience)
-        experience = module.objective.prepare(experience)
+        with span("prepare"):
+            experience = module.objective.prepare(experience)
         if rejected:  # no step is taken on what the objective refused
             experience["loss_mask"] = torch.zeros_like(experience["loss_mask"])
         if sampled is not None:
@@ -115,9 +124,22 @@ class Rollouts:
         self.metrics |= experience.get("metrics", {})
         if experience.num_rows == 0:
             rank_zero_warn(f"of collection {collection} the objective kept no completion: nothing is learned from it")
-        self.update_started = time.perf_counter()
-        self.metrics["time/collect_s"] = self.update_started - started
         return experience
+
+    def _tell_times(self, watch: Stopwatch) -> None:
+        """Where the seconds of a collection went, and how near sampling came to what the device can read."""
+        module, rollout = self.module, watch.seconds("rollout")
+        rollout = max(rollout, self.metrics.get("rollout/overlapped_s", 0.0))
+        for name in ("collect", *(name for name in PHASES if watch.count(name))):
+            self.metrics[f"time/{name}_s"] = watch.seconds(name)
+        self.metrics["perf/rollout_tokens_per_s"] = self._num_sampled / rollout
+        self._num_sampled = 0
+        policy = module.networks["policy"]
+        # of an engine that tells its steps, and of weights that are here as a whole
+        if watch.count("decode") and module.trainer.loggers and not is_sharded(policy):
+            read = sum(p.numel() * p.element_size() for p in policy.parameters()) * watch.count("decode")
+            seconds = rollout - watch.seconds("prefill")
+            self.metrics["perf/rollout_bandwidth"] = read / seconds / peak_bandwidth(module.device)
 
     def _sample_until_full(self, collection: int) -> tuple[Experience, bool]:
         """The accepted rows of as many rounds as it takes, `rollout.max_rounds` at most.
@@ -150,20 +172,21 @@ class Rollouts:
         """The completions of `num_prompts` prompts, scored and annotated, of all ranks."""
         module, config = self.module, self.module.rollout
         prompts, rows = self._mine(collection, number)
-        generated = None if number else self._ahead_of(collection, rows)
-        fresh = generated is None
-        experience, batch, seconds = sample(
-            module, prompts, rows, collection, config.completions_per_prompt, generated, together=True
-        )
+        with span("rollout"):
+            generation = None if number else self._ahead_of(collection, rows)
+            fresh = generation is None
+            if generation is None:
+                generation = generate(module, prompts, rows, collection, together=True)
         if self.ahead is not None and not number:
             coming, rows_coming = self._mine(collection + 1, 0)
             self.ahead.start(collection + 1, rows_coming, [p["prompt_ids"] for p in coming])
-        for name, value in seconds.items():
-            self.metrics[name] = value + (self.metrics.get(name, 0.0) if number else 0.0)
+        experience, batch = score(module, prompts, rows, generation, config.completions_per_prompt)
         annotate(experience, self._fields, config.batch_size, module.device)
         if self.record:
             experience["prompt"], experience["completion"] = batch.prompts, batch.completions
-        experience = merge([Experience(p) for p in module.layout.gather(dict(experience))], module.pad_id)
+        with span("gather"):
+            experience = merge([Experience(p) for p in module.layout.gather(dict(experience))], module.pad_id)
+        self._num_sampled += int(experience["loss_mask"].sum())
         module.samples = as_samples(batch, experience if module.layout.size == 1 else None)
         return self._settle_logps(experience, fresh)
 
@@ -198,11 +221,14 @@ class Rollouts:
         module, needs = self.module, self.module.objective.needs
         fields = {}
         if not self.checked or ("old_logps" in needs and not self.trusts_engine):
-            fields["old_logps"] = module.policy_logps(rows)
+            with span("old_logps"):
+                fields["old_logps"] = module.policy_logps(rows)
         if "reference" in needs:
-            fields["ref_logps"] = module.reference_logps(rows)
+            with span("reference"):
+                fields["ref_logps"] = module.reference_logps(rows)
         if "value" in needs:
-            fields["values"] = module.state_values(rows)
+            with span("value"):
+                fields["values"] = module.state_values(rows)
         return fields
 
     @property
@@ -226,7 +252,8 @@ class Rollouts:
             experience.pop("engine_logps")
         if not self.checked:
             self.checked = True
-            self.metrics["startup/max_logratio"] = check_first_ratio(module, experience)
+            with span("check"):
+                self.metrics["startup/max_logratio"] = check_first_ratio(module, experience)
             if fresh:
                 apart = (engine - experience["old_logps"]).abs().max().item()
                 self.metrics["startup/engine_logratio"] = apart
@@ -285,114 +312,14 @@ class Rollouts:
             trainer.val_check_batch = max(1, int(loop.max_batches * trainer.val_check_interval))
 
     def pop_metrics(self) -> dict[str, float]:
-        """The metrics found since the last call."""
+        """The metrics found since the last call; raises what sampling ahead has failed with."""
+        if self.ahead is not None:
+            self.ahead.check()
         metrics, self.metrics = self.metrics, {}
         return metrics
 
 
-@torch.no_grad()
-def sample(
-    module: LitPolicy,
-    prompts: Sequence[Prompt],
-    rows: Tensor,
-    stream: int,
-    copies: int = 1,
-    generation: Generation | None = None,
-    together: bool = False,
-) -> tuple[Experience, RewardBatch, dict[str, float]]:
-    """Complete prompts and score the completions.
-
-    Args:
-        module: the policy with its engine and rewards.
-        prompts: one for each of `rows`.
-        rows: [B] global row numbers, which with the seed and `stream` determine what is sampled.
-        stream: number of the collection, or VALIDATION.
-        copies: completions a prompt (numbers the prompts).
-        generation: the completions, where they have been sampled.
-        together: every process samples now, so that an engine's failure on one is a failure on all.
-
-    Returns:
-        The experience so far, what the rewards saw, and seconds by name.
-
-    Raises:
-        ValueError: a prompt does not fit, or a reward misbehaves.
-    """
-    tokenizer = module.ready_tokenizer
-    ids = [p["prompt_ids"] for p in prompts]
-    start = time.perf_counter()
-    if generation is None:
-        seeds = row_seeds(module.rollout.seed, stream, rows)
-        generation = generate(module, ids, seeds, together and module.engine.apart)
-    seconds = {"time/rollout_s": time.perf_counter() - start}
-    experience = assemble(ids, generation, tokenizer.pad_id, rows, rows // copies)
-    experience["engine_logps"] = torch.zeros(experience["tokens"].shape, dtype=torch.float32)
-    experience["engine_logps"][experience["loss_mask"]] = torch.cat(generation.logps).float()
-    names = sorted({k for p in prompts for k in p["columns"]})
-    batch = RewardBatch(
-        prompts=[p["prompt"] for p in prompts],
-        completions=[
-            completion_text(tokenizer.decode(c.tolist()), reason, module.sampling.stop)
-            for c, reason in zip(generation.completions, generation.finish_reason, strict=True)
-        ],
-        prompt_ids=ids,
-        completion_ids=generation.completions,
-        ended=generation.ended,
-        columns={k: [p["columns"].get(k) for p in prompts] for k in names},
-        tokens=experience["tokens"],
-        mask=experience["mask"],
-    )
-    start = time.perf_counter()
-    if module.rewards:
-        experience["scores"], experience["rewards"], tokens = reward_totals(module.rewards, batch)
-        if tokens is not None:
-            experience["token_rewards"] = tokens
-    seconds["time/score_s"] = time.perf_counter() - start
-    return experience, batch, seconds
-
-
-def generate(module: LitPolicy, ids: Sequence[Tensor], seeds: Tensor, agreed: bool) -> Generation:
-    """What the engine samples for prompts.
-
-    Args:
-        module: the policy with its engine.
-        ids: prompts.
-        seeds: one for each.
-        agreed: every process is here, and where one fails, all do.
-    """
-    tokenizer, policy = module.ready_tokenizer, cast(Network, module.network_of("policy"))
-    failure: Exception | None = None
-    try:
-        # an engine elsewhere has weights of its own
-        with nullcontext() if module.engine.apart else sampling_from(policy):
-            generation = module.engine.generate(
-                policy,
-                ids,
-                module.sampling,
-                seeds,
-                pad_id=tokenizer.pad_id,
-                eos_id=tokenizer.eos_id,
-                decode=tokenizer.decode,
-            )
-    except Exception as error:
-        if not agreed:
-            raise
-        failure = error
-    if agreed:
-        raise_everywhere(module.layout, failure)
-    return generation
-
-
-def completion_text(text: str, reason: str, stop: Sequence[str]) -> str:
-    """The text of a completion, cut before the stop text that ended it (earlier ones came too soon to count)."""
-    if reason != "stop":
-        return text
-    return text[: max((text.rfind(s) for s in stop if s in text), default=len(text))]
-
-
-def as_samples(batch: RewardBatch, experience: Experience | None, count: int = 8) -> list[dict[str, Any]]:
-    """The first completions with their rewards, for people to read."""
-    rewards = experience.get("rewards", {}) if experience is not None else {}
-    return [
-        {"prompt": p, "completion": c, "rewards": {k: v[i].item() for k, v in rewards.items()}}
-        for i, (p, c) in enumerate(zip(batch.prompts[:count], batch.completions[:count], strict=True))
-    ]
+@cache
+def peak_bandwidth(device: torch.device) -> float:
+    """Bytes a second that a device reads, measured once."""
+    return measure_peak_bandwidth(device)

@@ -84,9 +84,7 @@ def importance_weights(old_logps: Tensor, rollout_logps: Tensor, mask: Tensor, c
     return log_weight.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp().clamp(max=cap)
 
 
-def importance_metrics(
-    old_logps: Tensor, rollout_logps: Tensor, mask: Tensor, cap: float | None
-) -> dict[str, float]:
+def importance_metrics(old_logps: Tensor, rollout_logps: Tensor, mask: Tensor, cap: float | None) -> dict[str, float]:
     """How far what sampled is from what is trained: `rollout/importance_ratio_{mean,max}` of p_old / p_rollout,
     `rollout/importance_ratio_clipped`, the share of tokens beyond `cap`, and `rollout/logp_gap`, the mean distance in
     nats a token."""

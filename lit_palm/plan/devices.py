@@ -107,7 +107,7 @@ def ready_device(name: str, extra: str | None, precision: str) -> Device:
     if device.flops.get(precision) is None:
         import torch
 
-        from lit_palm.callbacks.throughput import measure_peak_flops
+        from lit_palm.models.hardware import measure_peak_flops
 
         here = torch.get_default_device()
         changes["flops"] = {**device.flops, precision: measure_peak_flops(here, getattr(torch, precision))}

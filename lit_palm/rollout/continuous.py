@@ -31,6 +31,7 @@ from lit_palm.rollout.engine import check_limits, check_request
 from lit_palm.rollout.requests import Handle, QueueFull, Token
 from lit_palm.rollout.row_sampling import Draw, RowSampling
 from lit_palm.rollout.sampling import Sampling, uniform
+from lit_palm.timing import span
 from lit_palm.types import has_float64
 
 __all__ = ["Handle", "QueueFull", "Scheduler", "Token"]
@@ -164,7 +165,8 @@ class Scheduler:
             if self.stale:
                 self._refresh()
             positions = self.positions[:, None]
-            logits.append(self.network(self.fed[:, None], positions=positions, cache=self.cache, head=last_logits))
+            with span("decode"):
+                logits.append(self.network(self.fed[:, None], positions=positions, cache=self.cache, head=last_logits))
         read = self._read()
         if read is not None:
             logits.append(read)
@@ -232,7 +234,10 @@ class Scheduler:
         # one prompt alone has no padding, and may come in parts
         end = now.place + self.prefill_tokens if now.mask is None and len(now.tokens) == 1 else now.tokens.shape[1]
         part = now.tokens[:, now.place : end]
-        logits: Tensor = self.network(part, mask=now.mask, positions=now.positions, cache=now.cache, head=last_logits)
+        with span("prefill"):
+            logits: Tensor = self.network(
+                part, mask=now.mask, positions=now.positions, cache=now.cache, head=last_logits
+            )
         now.place += part.shape[1]
         if now.place < now.tokens.shape[1]:
             return None

@@ -18,6 +18,7 @@ from lit_palm.models.kernels import last_logits
 from lit_palm.rollout.endings import NOT_FINITE, Ending
 from lit_palm.rollout.engine_base import Engine, Generation, check_limits, check_request
 from lit_palm.rollout.sampling import Sampling, filter_logits, sample, uniform
+from lit_palm.timing import span
 from lit_palm.types import has_float64
 
 __all__ = ["CachedEngine", "Engine", "Generation", "check_limits", "check_request"]
@@ -125,9 +126,10 @@ class _Batch:
                 return
             tokens = self.compact(tokens)
             if step + 1 < self.sampling.max_new_tokens:
-                logits = self.network(
-                    tokens[:, None], positions=self.next_positions(), cache=self.cache, head=last_logits
-                )
+                with span("decode"):
+                    logits = self.network(
+                        tokens[:, None], positions=self.next_positions(), cache=self.cache, head=last_logits
+                    )
 
     def prefill(self) -> Tensor:
         """Run the distinct prompts, left-padded, into a new cache and repeat its rows; logits [B, V]."""
@@ -143,7 +145,8 @@ class _Batch:
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             self.positions = lengths[:, None]
         self.cache = self.network.new_cache(len(distinct), width + self.sampling.max_new_tokens)
-        logits = self.network(tokens, mask=mask, positions=positions, cache=self.cache, head=last_logits)
+        with span("prefill"):
+            logits = self.network(tokens, mask=mask, positions=positions, cache=self.cache, head=last_logits)
         self.index = torch.arange(len(which), device=self.device)
         self.seen: Tensor | None = None
         if self.sampling.repetition_penalty != 1.0:

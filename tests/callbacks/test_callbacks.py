@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 from lit_palm import callbacks
 from lit_palm.callbacks import LearningRate, ProgressBar, SampleLogger, Throughput
 from lit_palm.callbacks.samples import format_samples
-from lit_palm.callbacks.throughput import measure_peak_flops
 
 TOKENS_A_BATCH = 32
 
@@ -213,7 +212,6 @@ def test_peak_is_measured_when_it_is_not_given(make_trainer) -> None:
     throughput = Throughput()
     make_trainer(callbacks=[throughput], max_steps=1).fit(BoringModule())
     assert throughput.peak_flops is not None and throughput.peak_flops > 1e6
-    assert measure_peak_flops(torch.zeros(1).device, torch.bfloat16) > 0
     with pytest.raises(ValueError, match="peak_flops"):
         Throughput(peak_flops=0)
 
