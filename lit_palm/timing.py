@@ -72,7 +72,9 @@ class span:
 
     def __exit__(self, *error: object) -> None:
         end, spans = time.perf_counter_ns(), _open.spans
-        while spans.pop() is not self:  # what an exception left open ends with what it was in
+        if self not in spans:
+            return  # left open by an exception, it ended with what it was in
+        while spans.pop() is not self:
             pass
         if spans:
             spans[-1].inner += end - self.start

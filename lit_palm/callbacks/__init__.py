@@ -11,6 +11,7 @@ from lit_palm.callbacks.progress import ProgressBar
 from lit_palm.callbacks.samples import SampleLogger
 from lit_palm.callbacks.spikes import SpikeRewind
 from lit_palm.callbacks.throughput import Throughput
+from lit_palm.callbacks.timeline import Timeline
 from lit_palm.callbacks.watchdog import Watchdog
 
 __all__ = [
@@ -29,11 +30,12 @@ __all__ = [
     "SampleLogger",
     "SpikeRewind",
     "Throughput",
+    "Timeline",
     "Watchdog",
 ]
 
-DEFAULTS = (LearningRate, Throughput, MixtureShares, SampleLogger, ProgressBar)
+DEFAULTS = (LearningRate, Throughput, Timeline, MixtureShares, SampleLogger, ProgressBar)
 """What the CLI adds to every run, unless the configuration has a callback of the type that `replaces()` names."""
 
-NEED_LOGGER = (LearningRate, Throughput, MixtureShares, SampleLogger)
+NEED_LOGGER = (LearningRate, Throughput, Timeline, MixtureShares, SampleLogger)
 """Those of them that have nothing to do without a logger."""

@@ -14,7 +14,7 @@ from torch import Tensor
 __all__ = ["MetricsFile", "PredictionWriter", "RolloutWriter"]
 
 
-def _write(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
     """Replace the file at once, so that a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -35,7 +35,7 @@ class MetricsFile(Callback):
     def _save(self, trainer: Trainer) -> None:
         if trainer.is_global_zero and not trainer.sanity_checking:
             values = {k: float(v) for k, v in sorted(trainer.callback_metrics.items())}
-            _write(self.path, json.dumps({"step": trainer.global_step, **values}, indent=2) + "\n")
+            replace_text(self.path, json.dumps({"step": trainer.global_step, **values}, indent=2) + "\n")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)
@@ -78,7 +78,7 @@ class PredictionWriter(Callback):
         path = self.path
         if trainer.world_size > 1:
             path = path.with_name(f"{path.stem}.{trainer.global_rank}{path.suffix}")
-        _write(path, "".join(line + "\n" for line in self._lines))
+        replace_text(path, "".join(line + "\n" for line in self._lines))
 
 
 class RolloutWriter(Callback):
@@ -112,7 +112,7 @@ class RolloutWriter(Callback):
         if found is None or not trainer.is_global_zero or found[0] % self.every:
             return
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in found[1]]
-        _write(self.folder / f"collection-{found[0]:05d}.jsonl", "".join(lines))
+        replace_text(self.folder / f"collection-{found[0]:05d}.jsonl", "".join(lines))
 
 
 def _rows(outputs: Any) -> Iterator[dict[str, Any]]:

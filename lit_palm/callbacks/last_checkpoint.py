@@ -25,6 +25,7 @@ from lit_palm.callbacks.shelf import Shelf
 from lit_palm.callbacks.snapshot import Buffers, gather, writes_shards
 from lit_palm.callbacks.writing import Job, discard, is_storage_error, reason, write
 from lit_palm.modules.storage import Place
+from lit_palm.timing import span
 
 __all__ = ["LastCheckpoint"]
 
@@ -187,6 +188,11 @@ class LastCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         if _writes_nothing(trainer):
             return
+        with span("checkpoint"):
+            self._begin_saving(trainer)
+
+    def _begin_saving(self, trainer: Trainer) -> None:
+        """Take the state; write it here, or have the thread write it."""
         self._collect(trainer)
         self._saved, self._stale = trainer.global_step, False
         checkpoint, shards = gather(trainer)
@@ -212,7 +218,8 @@ class LastCheckpoint(Checkpoint):
         """Write and publish one checkpoint, in the thread of training or in one of its own."""
         assert self._place is not None
         try:
-            write(job, self._place, self._shelf is not None, self._group)
+            with span("write checkpoint"):
+                write(job, self._place, self._shelf is not None, self._group)
             if self._shelf is not None:
                 self._shelf.publish(job)
         except BaseException as error:

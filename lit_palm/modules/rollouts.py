@@ -254,6 +254,8 @@ class Rollouts:
             self.checked = True
             with span("check"):
                 self.metrics["startup/max_logratio"] = check_first_ratio(module, experience)
+                if module.trainer.loggers:
+                    peak_bandwidth(module.device)  # takes a moment, and is known from now on
             if fresh:
                 apart = (engine - experience["old_logps"]).abs().max().item()
                 self.metrics["startup/engine_logratio"] = apart

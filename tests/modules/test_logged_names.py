@@ -15,6 +15,7 @@ from lit_palm.rollout.sampling import Sampling
 from tests.support import language_model, policy, prompt_data, ranking_data, reward_model, text_data, trainer
 
 ALL = {"loss", "lr", "grad_norm", "num_tokens", "perf/tokens_per_s", "perf/mfu"}
+ALL |= {"time/step_s", "time/data_s", "time/other_s"}
 LANGUAGE_MODEL = {"nll", "val/loss", "val/perplexity", "val/bits_per_byte"}
 REWARD = {"accuracy", "margin", "min_reward", "mean_reward", "max_reward"}
 REWARD |= {f"val/{name}" for name in REWARD} | {"val/loss"}
@@ -22,7 +23,9 @@ POLICY = {
     "objective/kl", "objective/entropy", "objective/non_score_reward", "objective/rlhf_reward", "objective/scores",
     "objective/kl_coef", "policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg", "loss/policy_avg",
     "loss/value_avg", "val/clipfrac_avg", "val/ratio", "val/ratio_var", "val/num_eos_tokens", "value/explained_var",
-    "time/rollout_s", "time/score_s", "time/update_s", "completions/mean_length", "completions/min_length",
+    "time/rollout_s", "time/score_s", "time/reference_s", "time/value_s", "time/old_logps_s", "time/gather_s",
+    "time/prepare_s", "time/collect_s", "time/update_s", "perf/rollout_tokens_per_s", "perf/rollout_bandwidth",
+    "time/validation_s", "completions/mean_length", "completions/min_length",
     "completions/max_length", "completions/clipped_ratio", "rewards/lower_case/mean", "rewards/lower_case/std",
     "rewards/count_a/mean", "val/reward", "val/kl", "val/rewards/lower_case", "startup/max_logratio",
 }  # fmt: skip
