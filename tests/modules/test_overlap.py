@@ -1,0 +1,231 @@
+"""Asynchronous rollouts: one collection behind, at the same time as the update, and resumed to the last bit."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from lit_palm.callbacks import LastCheckpoint
+from lit_palm.modules import overlap
+from lit_palm.modules.overlap import Ahead
+from lit_palm.rollout.engine import CachedEngine
+from lit_palm.rollout.engine_base import Generation
+from lit_palm.rollout.sampling import row_seeds
+from tests.support import apart, everything, policy, prompt_data, recorded, same, trainer, weights
+
+STEPS = 4
+"""Of a collection of `policy`."""
+
+
+def asynchronous(rollout: dict[str, Any] | None = None, **options: Any) -> Any:
+    return policy(rollout={"asynchronous": True, **(rollout or {})}, **options)
+
+
+class Seen(Callback):
+    """What was logged with the first step of each collection."""
+
+    def __init__(self) -> None:
+        self.metrics: list[dict[str, float]] = []
+
+    def on_train_batch_start(self, run: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self.metrics.append({})
+
+    def on_train_batch_end(self, run: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self.metrics[-1] = {k: float(v) for k, v in run.callback_metrics.items()}
+
+
+def test_each_collection_is_sampled_from_the_policy_one_collection_earlier(tmp_path: Path) -> None:
+    """A slow account of the schedule: who sampled is found again from weights that were kept."""
+    module = asynchronous()
+    kept: list[dict[str, Any]] = []
+    collected: list[Any] = []
+    original = Ahead.take
+
+    def take(self: Ahead, collection: int, rows: Any) -> Any:
+        kept.append(weights(module))
+        found = original(self, collection, rows)
+        collected.append((collection, rows, found))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ahead, "take", take)
+        seen = Seen()
+        data = prompt_data(tmp_path)
+        trainer(tmp_path, max_epochs=4, callbacks=[seen], enable_checkpointing=False).fit(module, datamodule=data)
+    assert [c for c, _, _ in collected] == [0, 1, 2, 3] and collected[0][2] is None
+    assert apart(kept[0], kept[1]) > 1e-3
+    other = asynchronous()
+    trainer(tmp_path, max_epochs=1, limit_train_batches=1).fit(other, datamodule=prompt_data(tmp_path))  # builds it
+    for (collection, rows, found), before in zip(collected[1:], kept, strict=False):
+        other.load_state_dict(before)
+        prompts, own = module.rollouts._mine(collection, 0)
+        assert torch.equal(own, rows)
+        expected = CachedEngine().generate(
+            other.networks["policy"], [p["prompt_ids"] for p in prompts], module.sampling,
+            row_seeds(module.rollout.seed, collection, rows), pad_id=module.pad_id,
+            eos_id=module.tokenizer.eos_id, decode=module.tokenizer.decode,
+        )  # fmt: skip
+        assert all(torch.equal(a, b) for a, b in zip(found.generation.completions, expected.completions, strict=True))
+        assert found.step == STEPS * (collection - 1)
+    assert [m["rollout/staleness"] for m in seen.metrics] == [0, STEPS, STEPS, STEPS]
+    assert [m["rollout/staleness_collections"] for m in seen.metrics] == [0, 1, 1, 1]
+    # the first is from the policy itself; later ones are weighted for the policy's having moved on
+    assert seen.metrics[0]["rollout/logp_gap"] < 1e-5 and seen.metrics[0]["rollout/importance_ratio_max"] < 1.0001
+    assert all(m["rollout/logp_gap"] > 1e-4 and m["rollout/importance_ratio_max"] > 1.001 for m in seen.metrics[1:])
+    assert all(m["val/ratio"] == pytest.approx(1, abs=1e-4) for m in seen.metrics)  # of training to training
+
+
+def test_what_is_too_stale_is_sampled_anew(tmp_path: Path) -> None:
+    runs = []
+    for module in (policy(), asynchronous({"max_staleness": STEPS - 1}), asynchronous({"max_staleness": STEPS})):
+        with recorded(module) as batches:
+            trainer(tmp_path, max_epochs=2).fit(module, datamodule=prompt_data(tmp_path))
+        runs.append(batches)
+    plain, anew, stale = runs
+    assert all(torch.equal(a, b) for a, b in zip(plain, anew, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(plain[:STEPS], stale[:STEPS], strict=True))
+    assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(plain[STEPS:], stale[STEPS:], strict=True))
+
+
+class Slow(CachedEngine):
+    def generate(self, *args: Any, **options: Any) -> Generation:
+        time.sleep(0.8)
+        return super().generate(*args, **options)
+
+
+class SlowSteps(Callback):
+    def __init__(self) -> None:
+        self.last = 0.0
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        time.sleep(0.8 / STEPS)
+        self.last = time.monotonic()
+
+
+def test_sampling_and_learning_happen_at_once(tmp_path: Path) -> None:
+    took = []
+    for module in (policy(engine=Slow()), asynchronous(engine=Slow())):
+        slow = SlowSteps()
+        run = trainer(tmp_path, max_epochs=4, callbacks=[slow], enable_checkpointing=False)
+        data = prompt_data(tmp_path)
+        started = time.monotonic()
+        run.fit(module, datamodule=data)
+        took.append(slow.last - started)
+    assert took[1] < 0.75 * took[0], took  # 4 x (.8 + .8) against .8 + 4 x .8
+
+
+@pytest.mark.parametrize("steps", [2, STEPS, STEPS + 3])
+def test_it_resumes_to_the_last_bit(steps: int, tmp_path: Path) -> None:
+    """In the first collection, at its end, and in the second, which was sampled while the first was learned from."""
+
+    def run(path: Path | None = None, **lengths: Any) -> Any:
+        callbacks = [] if path else [LastCheckpoint(str(tmp_path / "run"))]
+        made = trainer(tmp_path, callbacks=callbacks, **lengths)
+        module = asynchronous()
+        made.fit(module, datamodule=prompt_data(tmp_path), ckpt_path=None if path is None else str(path))
+        return made
+
+    whole = trainer(tmp_path, max_steps=3 * STEPS)
+    whole.fit(asynchronous(), datamodule=prompt_data(tmp_path))
+    run(max_steps=steps)
+    saved = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["PromptData"]["rollouts"]["ahead"]
+    assert saved and all(entry["tokens"].numel() > 8 for entry in saved.values())
+    again = run(tmp_path / "run" / "last.ckpt", max_steps=3 * STEPS)
+    same(everything(whole), everything(again))
+
+
+class Broken(CachedEngine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def generate(self, *args: Any, **options: Any) -> Generation:
+        self.calls += 1
+        if self.calls == 3:
+            raise RuntimeError("the third call fails")
+        return super().generate(*args, **options)
+
+
+def test_a_failure_in_the_thread_is_the_runs_error(tmp_path: Path) -> None:
+    module = asynchronous(engine=Broken())
+    run = trainer(tmp_path, max_epochs=6)
+    with pytest.raises(RuntimeError, match="the third call fails"):
+        run.fit(module, datamodule=prompt_data(tmp_path))
+    assert STEPS <= run.global_step <= 2 * STEPS, "the collection under way at most"
+
+
+class Fails(Callback):
+    def on_train_batch_end(self, *args: Any) -> None:
+        raise KeyError("in the middle")
+
+
+def test_nothing_goes_on_when_the_run_is_over(tmp_path: Path) -> None:
+    for callbacks, error in (([], None), ([Fails()], KeyError)):
+        module = asynchronous()
+        run = trainer(tmp_path, max_epochs=1, callbacks=callbacks, enable_checkpointing=False)
+        if error is None:
+            run.fit(module, datamodule=prompt_data(tmp_path))
+        else:
+            with pytest.raises(error):
+                run.fit(module, datamodule=prompt_data(tmp_path))
+        assert module.rollouts.ahead._thread is None
+
+
+def test_what_is_given_up_ends_in_the_middle_of_a_completion() -> None:
+    import threading
+
+    module, over = policy(), threading.Event()
+    module.network.vocab_size = 300
+    network = module.network.build()
+    copied = overlap._copy(network, over)
+    tokens = torch.tensor([[5, 6]])
+    assert torch.equal(copied(tokens), network(tokens)) and not copied.training
+    with torch.no_grad():
+        next(network.parameters()).add_(1.0)
+    assert not torch.equal(copied(tokens), network(tokens)), "it is the network as it was"
+    over.set()
+    with pytest.raises(overlap.Abandoned):
+        copied(tokens)
+
+
+def test_a_copy_with_an_adapter_samples_alike_while_the_original_changes() -> None:
+    pytest.importorskip("peft")
+    import threading
+
+    from lit_palm.models.adapted import AdaptedNetwork
+    from lit_palm.models.lora import LoRA
+    from tests.support import config
+
+    shared = AdaptedNetwork(config(vocab_size=40).build(), {"policy": LoRA(rank=2)}, trained=["policy"])
+    shared.to_empty(device=torch.device("cpu"))
+    with torch.no_grad():
+        for number, parameter in enumerate(shared.parameters()):
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.2)
+    view, tokens = shared.view("policy"), torch.tensor([[5, 6, 7]])
+    before = view(tokens)
+    copied = overlap._copy(view, threading.Event())  # type: ignore[arg-type]
+    assert torch.equal(copied(tokens), before)
+    with torch.no_grad():
+        for name, parameter in shared.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(1.0)
+    assert torch.equal(copied(tokens), before) and not torch.equal(view(tokens), before)
+
+
+def test_settings_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="max_staleness is 0"):
+        asynchronous({"max_staleness": 0})
+    with pytest.raises(ValueError, match="together with"):
+        policy(rollout={"max_staleness": 2})
+    with pytest.raises(ValueError, match="old_logps: engine"):
+        asynchronous({"old_logps": "engine"})
+    monkeypatch.setattr(overlap, "is_sharded", lambda network: True)
+    with pytest.raises(ValueError, match="needs the whole policy on every process"):
+        trainer(tmp_path, max_epochs=1).fit(asynchronous(), datamodule=prompt_data(tmp_path))
