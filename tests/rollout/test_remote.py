@@ -115,9 +115,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("wrong", "told"), BAD)
 def test_a_wrong_answer_is_named(wrong: dict[str, Any], told: str, network: Any) -> None:
-    with fake_server(lambda path, body: (200, choices(body, **wrong))) as (url, _):
-        with pytest.raises(EngineError, match=told) as caught:
-            generate(RemoteEngine(url, model="m"), network)
+    answer = fake_server(lambda path, body: (200, choices(body, **wrong)))
+    with answer as (url, _), pytest.raises(EngineError, match=told) as caught:
+        generate(RemoteEngine(url, model="m"), network)
     assert url in str(caught.value)
 
 
