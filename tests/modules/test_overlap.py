@@ -84,11 +84,12 @@ def test_each_collection_is_sampled_from_the_policy_one_collection_earlier(tmp_p
 
 def test_what_is_too_stale_is_sampled_anew(tmp_path: Path) -> None:
     runs, plain_ppo = [], {"importance_cap": None}  # whose weights are 1 but for rounding
-    for module in (
-        policy(rollout={"old_logps": "trainer"}),
-        asynchronous({"max_staleness": STEPS - 1}, ppo=plain_ppo),
-        asynchronous({"max_staleness": STEPS}, ppo=plain_ppo),
+    for make in (
+        lambda: policy(rollout={"old_logps": "trainer"}),
+        lambda: asynchronous({"max_staleness": STEPS - 1}, ppo=plain_ppo),
+        lambda: asynchronous({"max_staleness": STEPS}, ppo=plain_ppo),
     ):
+        module = make()  # its weights are drawn when it is trained
         with recorded(module) as batches:
             trainer(tmp_path, max_epochs=2).fit(module, datamodule=prompt_data(tmp_path))
         runs.append(batches)
@@ -127,7 +128,7 @@ def test_sampling_and_learning_happen_at_once(tmp_path: Path) -> None:
     for make in (policy, asynchronous):
         slow, engine = SlowSteps(), Slow()
         run = trainer(tmp_path, max_epochs=4, callbacks=[slow], enable_checkpointing=False)
-        run.fit(make(engine=engine), datamodule=prompt_data(tmp_path))
+        run.fit(make(engine=engine), datamodule=prompt_data(tmp_path, validation=None))
         took.append(slow.ended[-1] - engine.begun[0])
         # completions that were begun before the last step of the collection before them had ended
         during.append(sum(b < slow.ended[STEPS * k - 1] for k, b in enumerate(engine.begun[:4]) if k))
@@ -172,7 +173,7 @@ def test_a_failure_in_the_thread_is_the_runs_error(tmp_path: Path) -> None:
     module = asynchronous(engine=Broken())
     run = trainer(tmp_path, max_epochs=6)
     with pytest.raises(RuntimeError, match="the third call fails"):
-        run.fit(module, datamodule=prompt_data(tmp_path))
+        run.fit(module, datamodule=prompt_data(tmp_path, validation=None))
     assert STEPS <= run.global_step <= 2 * STEPS, "the collection under way at most"
 
 
