@@ -4,12 +4,14 @@
 # make addition          PPO on a reward that can be verified: a minute, no download
 # make test              the tests of lit_palm      make test-plugins   those of the packages
 # make check             lint and types             make proofs         the slow proofs, whole
-# make bench             speed and memory beside peers
+# make bench             speed and memory beside peers, which get an environment of their own in .venv-peers;
+#                        QUICK=1: under twenty minutes on two cores; ONLY='generation*': some of it
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PLUGINS := $(VENV)/.plugins
+PEERS := .venv-peers/.ready
 PACKAGES := $(wildcard plugins/lit-palm-*)
 # tests of lit_palm that run whole only with the packages
 WITH_PACKAGES := tests/benchmarks/test_alignment.py tests/modules/test_plugin_strategies.py tests/test_coming_from.py \
@@ -50,11 +52,18 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: install-plugins
-	$(BIN)/python -m tests.benchmarks.speed
-	$(BIN)/python -m tests.benchmarks.alignment
-	$(BIN)/python -m tests.benchmarks.alignment --precision bf16 --output runs/alignment-bf16.json
-	$(BIN)/python -m tests.benchmarks.serving
+bench: install-plugins $(PEERS)
+	$(BIN)/python -m tests.benchmarks $(if $(QUICK),--quick) $(foreach name,$(ONLY),--only '$(name)')
+
+# one line of the list at a time, so that a peer that cannot be installed takes no other with it
+$(PEERS): tests/benchmarks/peers.txt constraints.txt
+	$(PYTHON) -m venv .venv-peers
+	grep -v '^#' tests/benchmarks/peers.txt | while read -r line; do \
+		.venv-peers/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt $$line \
+			|| echo "make bench: left out, pip could not install $$line"; \
+	done
+	.venv-peers/bin/python -c "import torch"
+	@touch $@
 
 proofs: install-plugins
 	$(BIN)/python -m pytest -m slow tests plugins

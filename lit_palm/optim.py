@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-__all__ = ["Adafactor", "CosineWithWarmup", "LinearWithWarmup", "PaLMSchedule", "StepSchedule"]
+__all__ = ["Adafactor", "CosineWithWarmup", "LinearWithWarmup", "PaLMSchedule", "StepSchedule", "fuse"]
 
 
 class Adafactor(Optimizer):
@@ -166,6 +166,29 @@ class Adafactor(Optimizer):
 
 def _rms(tensor: Tensor) -> Tensor:
     return tensor.norm() / tensor.numel() ** 0.5
+
+
+def fuse(optimizer: Optimizer) -> None:
+    """Let Adam or AdamW update all parameters of a device in one pass over memory, where its settings leave that open.
+
+    `fused` or `foreach` of the configuration stay as they are. A checkpoint's own setting comes back with its state, so
+    that a run that began without goes on without. Not for an optimiser whose gradients a scaler unscales.
+    """
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+        return
+    for group in optimizer.param_groups:
+        is_open = group["foreach"] is None and group["fused"] is None
+        is_plain = not (group["capturable"] or group["differentiable"] or isinstance(group["lr"], Tensor))
+        fits = all(p.is_floating_point() and p.device.type in _fused_devices() for p in group["params"])
+        if is_open and is_plain and fits:
+            group["fused"] = True
+
+
+def _fused_devices() -> list[str]:
+    """Types of devices that torch has such kernels for."""
+    from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
+    return list(_get_fused_kernels_supported_devices())
 
 
 class StepSchedule(LRScheduler):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from lit_palm.optim import Adafactor, CosineWithWarmup, LinearWithWarmup, PaLMSchedule
+from lit_palm.optim import Adafactor, CosineWithWarmup, LinearWithWarmup, PaLMSchedule, fuse
 
 SHAPES = [(7, 5), (11,), (3, 4, 6), (1,)]
 
@@ -323,3 +323,49 @@ def test_yaml_names_optimizer_and_schedule() -> None:
     scheduler = made.scheduler(optimizer)
     assert isinstance(optimizer, Adafactor) and isinstance(scheduler, CosineWithWarmup)
     assert scheduler.base_lrs == [0.02] and scheduler.needs_total_steps
+
+
+# ---------------------------------------------------------------------------------------------------- fused kernels
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_fused_steps_are_those_of_the_loop(kind: type[torch.optim.Optimizer], dtype: torch.dtype) -> None:
+    """Up to rounding: a unit in the last place of the parameters a step."""
+    ours, theirs = parameters(dtype), parameters(dtype)
+    fused, plain = (kind(p, lr=1e-2, weight_decay=0.1) for p in (ours, theirs))
+    fuse(fused)
+    assert fused.param_groups[0]["fused"] is True and plain.param_groups[0]["fused"] is None
+    tolerance = 5 * torch.finfo(dtype).eps
+    for mine, expected in zip(run(fused, ours, 5), run(plain, theirs, 5), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=tolerance, atol=2 * tolerance)
+
+
+@pytest.mark.parametrize("setting", [{"fused": False}, {"foreach": True}, {"foreach": False}, {"capturable": True}])
+def test_what_the_configuration_says_of_kernels_stays(setting: dict[str, bool]) -> None:
+    optimizer = torch.optim.AdamW(parameters(), **setting)
+    before = dict(optimizer.param_groups[0])
+    fuse(optimizer)
+    assert optimizer.param_groups[0] == before
+
+
+def test_other_optimisers_are_left_alone() -> None:
+    for optimizer in (torch.optim.SGD(parameters()), Adafactor(parameters()), torch.optim.NAdam(parameters())):
+        fuse(optimizer)
+        assert not optimizer.param_groups[0].get("fused")
+
+
+def test_a_checkpoint_without_fused_kernels_goes_on_without() -> None:
+    """So that a run that began before goes on bit by bit as it would have."""
+    expected_params, params = parameters(), parameters()
+    before, after = (torch.optim.AdamW(p, lr=1e-2) for p in (expected_params, params))
+    middle = run(before, expected_params, 3)
+    state = copy.deepcopy(before.state_dict())
+    fuse(after)
+    with torch.no_grad():
+        for parameter, value in zip(params, middle, strict=True):
+            parameter.copy_(value)
+    after.load_state_dict(state)
+    assert not after.param_groups[0]["fused"]
+    for mine, expected in zip(run(after, params, 3), run(before, expected_params, 3), strict=True):
+        assert torch.equal(mine, expected)

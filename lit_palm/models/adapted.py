@@ -99,7 +99,7 @@ class AdaptedNetwork(Network):
         self.heads = nn.ModuleDict({role: Head(trunk.config.d_model, how) for role, how in (heads or {}).items()})
         self._layers = [module for module in trunk.modules() if isinstance(module, LoraLayer)]
         self._role: str | None = ""
-        self._merged: str | None = None
+        self.merged_role: str | None = None
         self._activate(None)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(self.is_kept(name))
@@ -135,10 +135,10 @@ class AdaptedNetwork(Network):
         try:
             for layer, weight in zip(layers, weights, strict=True):
                 weight.data = self._whole(layer, weight.data, role)
-            self._merged = role
+            self.merged_role = role
             yield
         finally:
-            self._merged = None
+            self.merged_role = None
             for weight, original in zip(weights, originals, strict=True):
                 weight.data = original
 
@@ -150,7 +150,7 @@ class AdaptedNetwork(Network):
         return merge(weight, a, b, lora.scale, magnitude, is_transposed(layer.get_base_layer()))
 
     def _activate(self, role: str | None) -> None:
-        if self._merged is not None:
+        if self.merged_role is not None:
             role = None  # the adapter is in the matrices
         if role == self._role:
             return
@@ -184,7 +184,7 @@ class AdaptedNetwork(Network):
 
     def forward(self, tokens: Tensor, *, role: str | None = None, **options: Any) -> Any:
         """See `Network.forward`; with the adapter of a role."""
-        assert self._merged in (None, role), "the matrices are those of another role"
+        assert self.merged_role in (None, role), "the matrices are those of another role"
         quiet = self.trunk.training and role not in self.trained
         if quiet:
             self.trunk.eval()
@@ -196,8 +196,8 @@ class AdaptedNetwork(Network):
                 self.trunk.train()
 
     @property
-    def takes_prefixes(self) -> bool:  # type: ignore[override]
-        return self.trunk.takes_prefixes
+    def takes_sequences(self) -> bool:  # type: ignore[override]
+        return self.trunk.takes_sequences
 
     @property
     def in_parts(self) -> bool:  # type: ignore[override]
@@ -262,7 +262,7 @@ class View(Network):
         super().__init__()
         self.shared = called if called is not None else shared
         self.config, self.role, self.trained = shared.config, role, role in shared.trained
-        self.takes_prefixes = shared.takes_prefixes  # type: ignore[misc]
+        self.takes_sequences = shared.takes_sequences  # type: ignore[misc]
         self.__dict__["adapted"] = shared
         self.lora: dict[str, Any] | None = None
         """What a checkpoint says of the adapter and of what it stands on; set by the host."""

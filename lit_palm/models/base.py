@@ -93,8 +93,8 @@ class Network(nn.Module, ABC):
 
     config: NetworkConfig
 
-    takes_prefixes: ClassVar[bool] = False
-    """Whether `forward` takes `prefixes`, so that a prompt with several completions can be encoded once."""
+    takes_sequences: ClassVar[bool] = False
+    """Whether `forward` takes `sequences`, so that it need not compute padding, nor a shared prompt more than once."""
 
     lora_targets: ClassVar[Sequence[str] | None] = None
     """Names of the linear layers that LoRA adapts unless told otherwise; None: what is usual, or all of them."""
@@ -135,8 +135,8 @@ class Network(nn.Module, ABC):
                 network cannot see it.
             positions: [B, T] long; None: cumsum(mask) - 1, or counted from the cache's length.
             documents: [B, T] long, a token attends only within its document; None: one document a row. A network that
-                `takes_prefixes` also takes `prefixes`: [B, T] long, a document that a token sees beside its own (the
-                prompt of several completions), -1 for none.
+                `takes_sequences` also takes `sequences` (`lit_palm.models.side_by_side`): the tokens [1, N] of several
+                rows side by side, with their positions, and how they make up these rows.
             cache: keys and values so far; the new ones are appended in place.
             head: called as head(hidden_BTD, weight_VD, logit_scale); its result is returned.
 

@@ -75,6 +75,14 @@ class PaLMCache(Cache):
         else:
             self._move(len(self.layers[0][0]), 0, need + max(SLACK, need // 2))
 
+    def cast(self, dtype: torch.dtype) -> None:
+        """Keep keys, values and bias in another type from now on."""
+        if self.layers[0][0].dtype == dtype:
+            return
+        self.layers = [(k.to(dtype), v.to(dtype)) for k, v in self.layers]
+        if self.bias is not None:
+            self.bias = self.bias.to(dtype)
+
     def select(self, rows: Tensor) -> None:
         """Keep the given rows; see `Cache.select`. Only slots in use are copied, and only of rows that change place
         where the others can stay."""

@@ -8,8 +8,9 @@ kernel for a fraction of a second; what runs is never chosen by them, so that a 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +23,10 @@ def _host_multiplies(dtype: torch.dtype) -> bool:
     """Whether the host's processor has instructions for dot products of a 16-bit type.
 
     An x86 processor without them converts every number on its way into each product, which here took 6 times as long
-    as float32 (AVX2) and 2 times (AVX-512). Of other architectures torch does not tell, nor does it before 2.10; they
+    as float32 (AVX2) and 2 times (AVX-512). Of other architectures torch does not tell, nor does an older torch; they
     are trusted.
     """
-    able = getattr(torch.cpu, "get_capabilities", dict)()
+    able: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if able.get("architecture") != "x86_64":
         return True
     names = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lit_palm.models.half import widened
+
 __all__ = ["TokenLogProbs"]
 
 
@@ -105,8 +107,9 @@ class _ChunkedLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logps, entropies, norms, kept = [], [], [], None
+        table = widened(weight)
         for h, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            logits = F.linear(h, weight)
+            logits = F.linear(h.to(table.dtype), table).to(h.dtype)
             if log_z:
                 norms.append(torch.logsumexp(logits.to(wide), -1))
             log_p = torch.log_softmax(logits, -1, dtype=wide)
@@ -138,10 +141,13 @@ class _ChunkedLogProbs(torch.autograd.Function):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight: Tensor | None = None
+        table = widened(weight)
         for start in range(0, max(1, len(targets)), ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            h = hidden[part]
-            log_p = kept if kept is not None else torch.log_softmax(F.linear(h, weight), -1, dtype=on_p.dtype)
+            h = hidden[part].to(table.dtype)
+            log_p = kept
+            if log_p is None:
+                log_p = torch.log_softmax(F.linear(h, table).to(hidden.dtype), -1, dtype=on_p.dtype)
             d_logits = log_p.exp()
             if d_entropy is None:
                 d_logits.mul_(on_p[part, None])
@@ -152,9 +158,11 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 del factor
             del log_p
             d_logits.scatter_add_(1, targets[part, None], d_logp[part, None])
-            d_logits = d_logits.to(hidden.dtype)
-            if grad_hidden is not None:
-                torch.mm(d_logits, weight, out=grad_hidden[part])
+            d_logits = d_logits.to(table.dtype)
+            if grad_hidden is not None and table.dtype == hidden.dtype:
+                torch.mm(d_logits, table, out=grad_hidden[part])
+            elif grad_hidden is not None:
+                grad_hidden[part] = d_logits @ table
             if need_weight:
                 grad_weight = _add_product(grad_weight, d_logits.t(), h, on_p.dtype)
             del d_logits

@@ -30,7 +30,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_palm.models.base import Cache, Head, Network, NetworkConfig
 from lit_palm.models.cache import PaLMCache
-from lit_palm.models.kernels import recomputed, split_swiglu, thin_linear
+from lit_palm.models.half import attention, linear
+from lit_palm.models.kernels import recomputed, split_swiglu
+from lit_palm.models.side_by_side import Sequences, collect, spread
 from lit_palm.models.weights import Fresh, fill, fresh_seed, give_memory, local
 from lit_palm.types import has_float64
 
@@ -123,6 +125,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Names for `PaLMConfig.preset`; the two smallest fit a laptop, the others are the paper's."""
 
 
+Seen = Tensor | Sequences | None
+"""What a token sees: see `PaLM.attention_bias`; or what comes before it in the rows that its token belongs to."""
+
+
 class Linear(nn.Linear):
     """A bias-free linear map that is also quick for the few rows of a decoding step."""
 
@@ -130,7 +136,7 @@ class Linear(nn.Linear):
         super().__init__(d_in, d_out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return thin_linear(x, self.weight)
+        return linear(x, self.weight)
 
 
 class Norm(nn.LayerNorm):
@@ -195,7 +201,7 @@ class Block(nn.Module):
             self.q_norm = QKNorm(config.qk_norm, heads, head_dim, config.norm_eps)
             self.k_norm = QKNorm(config.qk_norm, kv_heads, head_dim, config.norm_eps)
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, ...], bias: Tensor | None, cache: PaLMCache | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, ...], bias: Seen, cache: PaLMCache | None) -> Tensor:
         """[B, T, D] -> [B, T, D]; `rope` and `bias` come from `PaLM.forward`; the cache takes the keys and values."""
         # recomputed in here rather than around the block: a sharded block is then gathered once for both
         if self.recompute and self.training and torch.is_grad_enabled():
@@ -203,7 +209,7 @@ class Block(nn.Module):
             return result
         return self.compute(x_BTD, rope, bias, cache)
 
-    def compute(self, x_BTD: Tensor, rope: tuple[Tensor, ...], bias: Tensor | None, cache: PaLMCache | None) -> Tensor:
+    def compute(self, x_BTD: Tensor, rope: tuple[Tensor, ...], bias: Seen, cache: PaLMCache | None) -> Tensor:
         """What `forward` gives."""
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
         qk, v, hidden = self.project(self.norm(x_BTD))
@@ -237,8 +243,11 @@ class Block(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, *rope[:2]), rotate(k, *rope[-2:])
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, cache: PaLMCache | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Seen, cache: PaLMCache | None) -> Tensor:
         """Attention of q [B, T, H, Dh] over k and v [B, T, K, Dh], with the cache's before them: [B, T, H * Dh]."""
+        if isinstance(bias, Sequences):
+            q, k, v = (spread(t, bias) for t in (q, k, v))
+            return collect(self.attend(q, k, v, None, None), bias)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self.index, k, v)
@@ -252,11 +261,11 @@ class Block(nn.Module):
             # the GPU kernels that take a bias want a key/value head for each query head
             k, v = (t.repeat_interleave(self.num_heads // self.num_kv_heads, 1) for t in (k, v))
             grouped = False
-        out = F.scaled_dot_product_attention(
+        out = attention(
             q.transpose(1, 2),
             k,
             v,
-            attn_mask=bias,
+            bias,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=bias is None,
             enable_gqa=grouped,
@@ -272,7 +281,7 @@ class PaLM(Network):
     """
 
     config: PaLMConfig
-    takes_prefixes = True
+    takes_sequences = True
     in_parts = True
     lora_targets = ("attn_ffn_in", "attn_out", "ffn_out")
 
@@ -322,7 +331,7 @@ class PaLM(Network):
         mask: Tensor | None = None,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
-        prefixes: Tensor | None = None,
+        sequences: Sequences | None = None,
         cache: Cache | None = None,
         head: Head | None = None,
     ) -> Any:
@@ -334,10 +343,10 @@ class PaLM(Network):
         assert cache is None or isinstance(cache, PaLMCache), "a PaLM decodes with the cache of its own new_cache"
         assert cache is None or documents is None, "packed documents are for training, the cache is for decoding"
         past = cache.length if cache is not None else 0
-        # a row that shares a prompt holds several sequences; their positions are what must fit
-        if prefixes is None and past + tokens.shape[1] > self.config.max_length:
+        width = tokens.shape[1] if sequences is None else sequences.place.shape[1]
+        if past + width > self.config.max_length:
             raise ValueError(
-                f"{past + tokens.shape[1]} tokens are more than max_length ({self.config.max_length}): shorten the "
+                f"{past + width} tokens are more than max_length ({self.config.max_length}): shorten the "
                 "rows, or build the network with a larger max_length"
             )
         weight = self.embedding.weight
@@ -349,7 +358,7 @@ class PaLM(Network):
             if mask is not None:
                 cache.pad(mask, x.dtype)
         rope = self.rope(tokens, mask, positions, cache)
-        bias = self.attention_bias(x, mask, documents, prefixes, cache)
+        bias = sequences if sequences is not None else self.attention_bias(x, mask, documents, cache)
         for block in self.layers:
             x = block(x, rope, bias, cache)
         if cache is not None:
@@ -357,7 +366,7 @@ class PaLM(Network):
         hidden = self.norm(x)
         if head is not None:
             return head(hidden, weight, self.logit_scale)
-        return F.linear(hidden * self.logit_scale, weight)
+        return linear(hidden * self.logit_scale, weight)
 
     def rope(
         self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, cache: PaLMCache | None
@@ -411,12 +420,7 @@ class PaLM(Network):
         return self._tables
 
     def attention_bias(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        documents: Tensor | None,
-        prefixes: Tensor | None,
-        cache: PaLMCache | None,
+        self, x: Tensor, mask: Tensor | None, documents: Tensor | None, cache: PaLMCache | None
     ) -> Tensor | None:
         """What is added to the attention scores, [B, 1, T, S] of 0 and -inf; None for plain causal attention."""
         width, past = x.shape[1], cache.length if cache is not None else 0
@@ -431,8 +435,7 @@ class PaLM(Network):
         elif mask is not None:
             seen = seen & mask[:, None, :]
         if documents is not None:
-            own = documents[:, :, None] == documents[:, None, :]
-            seen = seen & (own if prefixes is None else own | (prefixes[:, :, None] == documents[:, None, :]))
+            seen = seen & (documents[:, :, None] == documents[:, None, :])
         # padding sees itself: a softmax over nothing would be NaN
         torch.diagonal(seen, past, -2, -1).fill_(True)
         return torch.zeros(seen.shape, dtype=x.dtype, device=x.device).masked_fill(~seen, -math.inf)[:, None]

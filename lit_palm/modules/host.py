@@ -42,7 +42,7 @@ from lit_palm.modules.spread import SpreadModule
 from lit_palm.modules.step_weight import StepWeight
 from lit_palm.modules.weights import Blueprint, blueprint
 from lit_palm.objectives.base import Kind, Objective
-from lit_palm.optim import Adafactor
+from lit_palm.optim import Adafactor, fuse
 from lit_palm.parallel.sharded import bare, roots, sum_over, total_norm
 from lit_palm.types import Experience, Loss, Output
 from lit_palm.version import __version__
@@ -180,6 +180,8 @@ class LitModule(SpreadModule):
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """One optimiser over all networks; the schedule advances by optimiser step."""
         optimizer = self.optimizer(list(self.parameter_groups()))
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            fuse(optimizer)
         if isinstance(optimizer, Adafactor) and isinstance(self.trainer.strategy, FSDPStrategy):
             raise ValueError(
                 "model.optimizer: Adafactor looks at whole matrices, of which FSDPStrategy leaves flat parts: use "

@@ -14,7 +14,7 @@ from lit_palm.models.adapted import sampling_from
 from lit_palm.models.base import Network, NetworkConfig
 from lit_palm.models.logprobs import TokenLogProbs
 from lit_palm.models.lora import LoRA
-from lit_palm.models.shared_prompts import share_prompts
+from lit_palm.models.side_by_side import side_by_side
 from lit_palm.modules.host import LitModule, default_optimizer
 from lit_palm.modules.lora_stages import one_role
 from lit_palm.modules.sharding import Sharding
@@ -40,14 +40,14 @@ def language_model_output(
 ) -> dict[str, Any]:
     """Log-probabilities (and more) of the tokens in `loss_mask`, chunked over the vocabulary; [B, T] each.
 
-    What only this network gives, of which `extras` says the names, is in a dictionary `extra`. A prompt that several
-    rows share is encoded once where that saves work.
+    What only this network gives, of which `extras` says the names, is in a dictionary `extra`. Padding of rows
+    with a `group` is not computed, and a prompt that several of them share once, where that saves work.
     """
     tokens, targets = batch["tokens"], batch["loss_mask"]
     options: dict[str, Any] = {"temperature": temperature, "entropy": entropy, "log_z": log_z, "extras": extras}
     packed = None
     if "group" in batch and "documents" not in batch and _takes(network, tokens.shape[1]):
-        packed = share_prompts(tokens, batch["mask"], targets, batch["group"])
+        packed = side_by_side(tokens, batch["mask"], targets, batch["group"])
     result: dict[str, Any]
     if packed is None:
         head = TokenLogProbs(tokens, targets, **options)
@@ -56,8 +56,7 @@ def language_model_output(
         result = network(
             packed.tokens,
             positions=packed.positions,
-            documents=packed.documents,
-            prefixes=packed.prefixes,
+            sequences=packed.sequences,
             head=TokenLogProbs(tokens, targets, source=packed.source, **options),
         )
     if extras:
@@ -66,9 +65,9 @@ def language_model_output(
 
 
 def _takes(network: nn.Module, width: int) -> bool:
-    """Whether the network reads packed rows; those it would refuse for their width it shall see as they are."""
+    """Whether the network reads rows side by side; those it would refuse for their width it shall see as they are."""
     network = bare(network)
-    return isinstance(network, Network) and network.takes_prefixes and width <= network.config.max_length
+    return isinstance(network, Network) and network.takes_sequences and width <= network.config.max_length
 
 
 class LitLanguageModel(LitModule):

@@ -21,6 +21,7 @@ from lit_palm.modules.handover import Handover
 from lit_palm.modules.host import LitModule, default_optimizer
 from lit_palm.modules.language_model import language_model_output
 from lit_palm.modules.lora_stages import policy_roles
+from lit_palm.modules.parts import in_parts
 from lit_palm.modules.reference import PrecomputedReference, ReferenceUpdate
 from lit_palm.modules.rollouts import Rollouts
 from lit_palm.modules.sharding import Sharding
@@ -307,12 +308,12 @@ class LitPolicy(LitModule):
         # the loader cannot log: what a collection found out is logged with its first minibatch
         if self.rollouts is not None:
             self.rollouts.fit_epoch()
-            for name, value in self.rollouts.pop_metrics().items():
-                self.log(name, value, batch_size=1, prog_bar=name in self.progress_metrics)
+            for name, found in self.rollouts.pop_metrics().items():
+                self.log(name, found, batch_size=1, prog_bar=name in self.progress_metrics)
 
     def training_step(self, batch: Experience, batch_idx: int) -> Tensor:
         self.starts_as_reference = False
-        return self.account(self.loss_of(self._output(batch), batch), batch)
+        return self.account(self.loss_of(in_parts(batch, self._output, self.layout.shards), batch), batch)
 
     def _output(self, batch: Experience) -> Output:
         needs = self.objective.needs
@@ -363,7 +364,7 @@ class LitPolicy(LitModule):
 
     def _validate(self, batch: Any, batch_idx: int, prefix: str) -> None:
         if isinstance(batch, Experience):  # offline data
-            loss = self.loss_of(self._output(batch), batch)
+            loss = self.loss_of(in_parts(batch, self._output, self.layout.shards), batch)
             weight = self.objective.weight(batch)
             if isinstance(loss.total, Tensor):
                 assert isinstance(weight, Tensor)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lit_palm.rollout.engine import Generation
+from lit_palm.rollout.lengths import cost_of_a_pass, parts_of_similar_length
 from lit_palm.types import Experience
 
 __all__ = ["RolloutConfig", "annotate", "assemble", "merge", "prompt_order", "take"]
@@ -37,7 +38,8 @@ class RolloutConfig:
     minibatch_size: int = 32
     """Completions a training batch, over all ranks; `trainer.accumulate_grad_batches` makes a step of several."""
     batch_size: int = 64
-    """Rows a forward pass without gradients, on each rank (log-probabilities, values, rewards)."""
+    """Most rows a forward pass without gradients, on each rank (log-probabilities, values); fewer where rows differ in
+    length, so that little is computed on padding."""
     max_rounds: int = 1
     """Most rounds of `num_prompts` prompts until a collection is full, where an objective rejects samples."""
     old_logps: OldLogps = "auto"
@@ -122,31 +124,22 @@ def assemble(
 def annotate(
     experience: Experience, compute: Callable[[Experience], dict[str, Tensor]], batch_size: int, device: torch.device
 ) -> None:
-    """Add per-token fields [B, T] in place, computed on `device` in batches of similar length, kept on the CPU.
+    """Add per-token fields [B, T] in place, computed on `device` in parts of similar length, kept on the CPU.
 
     Args:
         experience: on the CPU.
         compute: gives [b, t] tensors by name for a part of the rows.
-        batch_size: rows at a time.
+        batch_size: most rows at a time.
         device: where `compute` runs.
     """
-    order = _by_length(experience)
-    for part in order.split(batch_size):
+    length, group = experience["mask"].sum(1), experience["group"]
+    for part in parts_of_similar_length(length, cost_of_a_pass(device), group, batch_size):
         rows = experience.select(part)
         moved = Experience({k: v.to(device) for k, v in rows.items() if isinstance(v, Tensor)})
         for name, values in compute(moved).items():
             if name not in experience:
                 experience[name] = torch.zeros(experience["tokens"].shape, dtype=torch.float32)
             experience[name][part, : values.shape[1]] = values.float().cpu()
-
-
-def _by_length(experience: Experience) -> Tensor:
-    """Rows from the longest to the shortest, those of a group side by side (they may share their prompt)."""
-    length, group = experience["mask"].sum(1), experience["group"]
-    _, which = group.unique(return_inverse=True)
-    longest = torch.zeros(int(which.max()) + 1, dtype=length.dtype).scatter_reduce(0, which, length, "amax")[which]
-    by_group = which.argsort(stable=True)
-    return by_group[longest[by_group].argsort(descending=True, stable=True)]
 
 
 def take(experience: Experience, rows: Tensor) -> Experience:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lit_palm.models.base import Cache, Network
+from lit_palm.models.decoding import Decode, Decoding, decoding_form
 from lit_palm.models.kernels import last_logits
 from lit_palm.rollout.endings import NOT_FINITE, Ending
 from lit_palm.rollout.engine import check_limits, check_request
@@ -56,7 +57,8 @@ class Scheduler:
     """Keeps a batch of completions going that anyone may join and leave.
 
     Args:
-        network: in evaluation mode; its cache must be able to `join` and `trim`.
+        network: in evaluation mode; its cache must be able to `join` and `trim`. It must not change from
+            now on: where that is quicker, rows decode with a copy of its weights (`lit_palm.models.decoding`).
         pad_id: an id to fill shorter rows with; it is never attended to.
         eos_id: the id that ends a completion; None: there is none.
         decode: ids -> text; needed for stop texts.
@@ -66,6 +68,10 @@ class Scheduler:
             and the network's `max_length`. One request may always run.
         prefill_tokens: most prompt tokens, padding included, that one step reads, since rows that are under way wait
             for it; a longer prompt is read in several steps.
+        decoding: how the network decodes; None: as it is quickest without a change of type.
+
+    Raises:
+        ValueError: a limit below 1, or what `decoding_form` refuses.
     """
 
     def __init__(
@@ -79,9 +85,11 @@ class Scheduler:
         max_queue: int | None = None,
         max_slots: int | None = None,
         prefill_tokens: int = 4096,
+        decoding: Decoding | None = None,
     ) -> None:
         check_limits(max_batch_size=max_batch_size, max_slots=max_slots)
         self.network, self.pad_id, self.eos_id, self.decode = network, pad_id, eos_id, decode
+        self.quick: Decode = decoding_form(network, decoding or Decoding())
         self.max_batch_size = math.inf if max_batch_size is None else max_batch_size
         self.max_queue = math.inf if max_queue is None else max_queue
         self.max_slots = math.inf if max_slots is None else max_slots
@@ -166,7 +174,7 @@ class Scheduler:
                 self._refresh()
             positions = self.positions[:, None]
             with span("decode"):
-                logits.append(self.network(self.fed[:, None], positions=positions, cache=self.cache, head=last_logits))
+                logits.append(self.quick(self.fed[:, None], positions=positions, cache=self.cache, head=last_logits))
         read = self._read()
         if read is not None:
             logits.append(read)

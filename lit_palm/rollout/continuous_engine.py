@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_palm.models.base import Network
+from lit_palm.models.decoding import Decoding, Weights
 from lit_palm.rollout.continuous import Scheduler
 from lit_palm.rollout.engine import Engine, Generation, check_limits, check_request
 from lit_palm.rollout.requests import Handle
@@ -24,11 +25,20 @@ class ContinuousEngine(Engine):
     Args:
         max_batch_size: most rows at once; None: all.
         max_slots: most slots of the cache over all rows; None: no limit.
+        weights: type of a PaLM's weights while decoding, bf16 or int8; None: that of the network.
+        compile: decode with `torch.compile`.
     """
 
-    def __init__(self, max_batch_size: int | None = None, max_slots: int | None = None) -> None:
+    def __init__(
+        self,
+        max_batch_size: int | None = None,
+        max_slots: int | None = None,
+        weights: Weights | None = None,
+        compile: bool = False,
+    ) -> None:
         check_limits(max_batch_size=max_batch_size, max_slots=max_slots)
         self.max_batch_size, self.max_slots = max_batch_size, max_slots
+        self.weights, self.compile = weights, compile
 
     def generate(
         self,
@@ -45,21 +55,22 @@ class ContinuousEngine(Engine):
         """Sample one completion a prompt; see `Engine.generate`."""
         assert len(seeds) == len(prompts), "one seed a prompt"
         check_request(network, prompts, sampling, decode)
-        scheduler = Scheduler(
-            network,
-            pad_id=pad_id,
-            eos_id=eos_id,
-            decode=decode,
-            max_batch_size=self.max_batch_size,
-            max_slots=self.max_slots,
-        )
-        handles: list[Handle | None] = [None] * len(prompts)
-        for row in sorted(range(len(prompts)), key=lambda row: len(prompts[row])):
-            told = None if on_token is None else (lambda _, token, row=row: on_token(row, token.id))
-            handles[row] = scheduler.submit(prompts[row], sampling, int(seeds[row]), on_token=told)
         training = [module for module in network.modules() if module.training]
         network.eval()
         try:
+            scheduler = Scheduler(
+                network,
+                pad_id=pad_id,
+                eos_id=eos_id,
+                decode=decode,
+                max_batch_size=self.max_batch_size,
+                max_slots=self.max_slots,
+                decoding=Decoding(self.weights, self.compile, sampling.max_new_tokens),
+            )
+            handles: list[Handle | None] = [None] * len(prompts)
+            for row in sorted(range(len(prompts)), key=lambda row: len(prompts[row])):
+                told = None if on_token is None else (lambda _, token, row=row: on_token(row, token.id))
+                handles[row] = scheduler.submit(prompts[row], sampling, int(seeds[row]), on_token=told)
             while scheduler.step():
                 pass
         finally:

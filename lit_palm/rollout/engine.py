@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lit_palm.models.base import Network
+from lit_palm.models.decoding import Decode, Decoding, Weights, decoding_form
 from lit_palm.models.kernels import last_logits
 from lit_palm.rollout.endings import NOT_FINITE, Ending
 from lit_palm.rollout.engine_base import Engine, Generation, check_limits, check_request
@@ -32,11 +33,15 @@ class CachedEngine(Engine):
 
     Args:
         max_batch_size: most rows at once; None: all.
+        weights: type of a PaLM's weights while decoding, bf16 or int8; None: that of the network.
+        compile: decode with `torch.compile`.
     """
 
-    def __init__(self, max_batch_size: int | None = None) -> None:
+    def __init__(
+        self, max_batch_size: int | None = None, weights: Weights | None = None, compile: bool = False
+    ) -> None:
         check_limits(max_batch_size=max_batch_size)
-        self.max_batch_size = max_batch_size
+        self.max_batch_size, self.weights, self.compile = max_batch_size, weights, compile
 
     @torch.no_grad()
     def generate(
@@ -60,11 +65,11 @@ class CachedEngine(Engine):
         network.eval()
         rows: dict[int, _Row] = {}
         try:
+            decoded = decoding_form(network, Decoding(self.weights, self.compile, sampling.max_new_tokens))
             for start in range(0, len(order), size):
                 part = order[start : start + size]
-                batch = _Batch(
-                    network, [prompts[i] for i in part], seeds[part], part, sampling, pad_id, eos_id, decode, on_token
-                )
+                chosen = [prompts[i] for i in part]
+                batch = _Batch(network, decoded, chosen, seeds[part], part, sampling, pad_id, eos_id, decode, on_token)
                 batch.run()
                 rows.update(zip(part, batch.results(), strict=True))
         finally:
@@ -88,6 +93,7 @@ class _Batch:
     def __init__(
         self,
         network: Network,
+        quick: Decode,
         prompts: list[Tensor],
         seeds: Tensor,
         names: list[int],
@@ -99,7 +105,8 @@ class _Batch:
     ) -> None:
         self.on_token = on_token
         self.endings = [Ending(sampling, eos_id, decode) for _ in prompts]
-        self.network, self.sampling, self.pad_id, self.eos_id, self.names = network, sampling, pad_id, eos_id, names
+        self.network, self.quick, self.sampling = network, quick, sampling
+        self.pad_id, self.eos_id, self.names = pad_id, eos_id, names
         self.prompts = prompts
         self.device = next(network.parameters()).device
         num_rows, steps = len(prompts), sampling.max_new_tokens
@@ -127,7 +134,7 @@ class _Batch:
             tokens = self.compact(tokens)
             if step + 1 < self.sampling.max_new_tokens:
                 with span("decode"):
-                    logits = self.network(
+                    logits = self.quick(
                         tokens[:, None], positions=self.next_positions(), cache=self.cache, head=last_logits
                     )
 

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.benchmarks.jobs.alignment import jobs
+from tests.benchmarks.measuring import Crew, measure
 
 
-def test_the_short_form_measures_both_sides(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["dpo-float32", "dpo-precomputed", "grpo-float32"])
+def test_the_short_form_measures_both_sides(name: str, crew: Crew) -> None:
+    [job] = [job for job in jobs("short") if job.name == name]
+    result = measure(job, crew)
+    assert not result.failed and not result.left_out
+    assert all(len(result.costs[side]) == job.repeats and min(result.costs[side]) > 0 for side in ("ours", "TRL"))
+
+
+@pytest.fixture(scope="module")
+def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
+    """This environment on both sides."""
     for package in ("trl", "lit_palm_dpo", "lit_palm_grpo"):
         pytest.importorskip(package)
-    output = tmp_path / "alignment.json"
-    command = [sys.executable, "-m", "tests.benchmarks.alignment", "--short", "--threads", "1", "--output", str(output)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads(output.read_text(encoding="utf-8"))["results"]
-    assert list(results) == ["dpo", "grpo"] and all(r["ratio"] > 0 and r["peer_seconds"] for r in results.values())
-    assert sum("ours / TRL" in line for line in done.stdout.splitlines()) == 2
+    python = {"ours": sys.executable, "peers": sys.executable}
+    found = Crew(python, 1, tmp_path_factory.mktemp("scratch"))
+    yield found
+    found.close()

@@ -23,6 +23,7 @@ from lit_palm.callbacks import LastCheckpoint
 from lit_palm.data import PreferenceData
 from lit_palm.modules.reference import ReferenceUpdate
 from lit_palm.modules.sharding import Sharding
+from lit_palm.rollout import lengths
 from lit_palm.rollout.continuous_engine import ContinuousEngine
 from lit_palm.testing.rows import write_rows
 from tests.modules.strategies import PROCESSES, ROW_GROUPS, Memory, Trajectory, strategy
@@ -148,4 +149,5 @@ def main(folder: Path, name: str, jobs: list[str]) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    lengths.ON_THE_HOST = 0  # rows are cut wherever that saves a token; one process leaves them together
     main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -326,39 +326,39 @@ def test_a_row_without_numbers_ends_alone(network: PaLM) -> None:
     def finite_logits(hidden: Tensor, weight: Tensor, scale: float) -> Tensor:
         return last_logits(hidden, clean.nan_to_num(0.0), scale)
 
-    original = PaLM.forward
-    try:
-        PaLM.forward = lambda self, tokens, head=None, **k: original(self, tokens, head=finite_logits, **k)  # type: ignore
-        running = scheduler(sick, eos_id=None)
-        sampling = Sampling(max_new_tokens=12, top_k=3)
-        handles = [running.submit(prompt, sampling, seed) for seed, prompt in enumerate(good)]
-        running.step()
-        ill = [running.submit(prompt, sampling, 50) for prompt in ([7], [5] * 30 + [7])]
-        running.step()
-        late = running.submit([20, 21], sampling, 60)
-        while running.step():
-            pass
-        assert [h.finish_reason for h in ill] == ["error", "error"] and "not finite" in str(ill[0].error)
-        for handle in [*handles, late]:
-            assert len(handle.tokens) == 12 or (handle.finish_reason == "error" and 7 in handle.tokens)
-            got = CachedEngine()
-            if handle.finish_reason == "length":
-                assert (
-                    handle.tokens
-                    == got.generate(
-                        sick,
-                        [torch.tensor(handle.prompt)],
-                        sampling,
-                        torch.tensor([handle.seed]),
-                        pad_id=PAD,
-                        eos_id=None,
-                    )
-                    .completions[0]
-                    .tolist()
+    class Sick(PaLM):
+        def forward(self, tokens: Tensor, *, head: object = None, **options: Any) -> Any:
+            return super().forward(tokens, head=finite_logits, **options)
+
+    sick.__class__ = Sick
+    running = scheduler(sick, eos_id=None)
+    sampling = Sampling(max_new_tokens=12, top_k=3)
+    handles = [running.submit(prompt, sampling, seed) for seed, prompt in enumerate(good)]
+    running.step()
+    ill = [running.submit(prompt, sampling, 50) for prompt in ([7], [5] * 30 + [7])]
+    running.step()
+    late = running.submit([20, 21], sampling, 60)
+    while running.step():
+        pass
+    assert [h.finish_reason for h in ill] == ["error", "error"] and "not finite" in str(ill[0].error)
+    for handle in [*handles, late]:
+        assert len(handle.tokens) == 12 or (handle.finish_reason == "error" and 7 in handle.tokens)
+        got = CachedEngine()
+        if handle.finish_reason == "length":
+            assert (
+                handle.tokens
+                == got.generate(
+                    sick,
+                    [torch.tensor(handle.prompt)],
+                    sampling,
+                    torch.tensor([handle.seed]),
+                    pad_id=PAD,
+                    eos_id=None,
                 )
-        assert sum(h.finish_reason == "length" for h in [*handles, late]) >= 3
-    finally:
-        PaLM.forward = original  # type: ignore[method-assign]
+                .completions[0]
+                .tolist()
+            )
+    assert sum(h.finish_reason == "length" for h in [*handles, late]) >= 3
 
 
 @pytest.mark.parametrize("while_reading", [False, True])
@@ -370,11 +370,11 @@ def test_after_a_failure_within_a_step_those_that_wait_go_on(network: PaLM, whil
     if while_reading:
         running._begin = None  # type: ignore[assignment, method-assign]
     else:
-        running.network = None  # type: ignore[assignment]
+        running.quick = None  # type: ignore[assignment]
     with pytest.raises(TypeError):
         running.step()
     running.__dict__.pop("_begin", None)
-    running.network = network
+    running.quick = network
     running.abort("out of memory")
     lost = handles[: 1 + while_reading]  # one that was just being read is lost too, not forgotten
     assert all(h.finish_reason == "error" and h.error == "out of memory" for h in lost)

@@ -62,7 +62,7 @@ def test_reward_model_scores_the_last_real_token_in_sorted_batches() -> None:
     scores = reward(batch)
     assert scores.tolist() == [float(10 * row + length) for row, length in enumerate(lengths)]
     assert scores.dtype == torch.float32 and not scores.requires_grad
-    assert network.widths == [(2, 9), (2, 3), (1, 1)]  # longest first, each batch as wide as its longest row
+    assert network.widths == [(2, 9), (1, 3), (2, 2)]  # longest first, each batch as wide as its longest row
     assert network.training  # dropout was off for scoring only
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from lit_palm.parallel.sharded import is_sharded
+from lit_palm.rollout.lengths import cost_of_a_pass, parts_of_similar_length
 from lit_palm.rollout.rewards.base import NetworkLoader, Reward, RewardBatch
 
 __all__ = ["RewardModel"]
@@ -17,7 +21,8 @@ class RewardModel(Reward):
         checkpoint: checkpoint of `LitRewardModel`.
         weight: what its values are multiplied by in the sum.
         name: under which it is logged.
-        batch_size: rows in one forward pass; rows are sorted by length, so that little is computed on padding.
+        batch_size: most rows in one forward pass; rows of similar length go together, so that little is computed on
+            padding.
     """
 
     def __init__(self, checkpoint: str, weight: float = 1.0, name: str = "reward_model", batch_size: int = 64) -> None:
@@ -34,8 +39,8 @@ class RewardModel(Reward):
     def __call__(self, batch: RewardBatch) -> Tensor:
         """Scores [B] in float32, on the device of `batch.tokens`.
 
-        The number of forward passes is ceil(B / batch_size) whatever the lengths, so ranks with as many rows stay in
-        step under sharding. Dropout is off.
+        The number of forward passes of a sharded network is ceil(B / batch_size) whatever the lengths, so ranks with as
+        many rows stay in step. Dropout is off.
 
         Raises:
             ValueError: when a row is empty or longer than the network's context.
@@ -49,7 +54,7 @@ class RewardModel(Reward):
         network.eval()
         try:
             scores = torch.zeros(len(lengths), dtype=torch.float32, device=device)
-            for rows in torch.argsort(lengths, descending=True, stable=True).split(self.batch_size):
+            for rows in self._parts(network, lengths.cpu(), device):
                 last = lengths[rows] - 1
                 tokens = batch.tokens[rows, : int(last.max()) + 1].to(device)
                 # Right padding needs no mask: a causal network cannot see it from the last real token.
@@ -59,6 +64,11 @@ class RewardModel(Reward):
         finally:
             network.train(training)
         return scores.to(batch.tokens.device)
+
+    def _parts(self, network: nn.Module, lengths: Tensor, device: torch.device) -> Sequence[Tensor]:
+        if is_sharded(network):
+            return torch.argsort(lengths, descending=True, stable=True).split(self.batch_size)
+        return parts_of_similar_length(lengths, cost_of_a_pass(device), most=self.batch_size)
 
     def _check_lengths(self, network: nn.Module, lengths: Tensor) -> None:
         if len(lengths) and int(lengths.min()) < 1:

@@ -136,7 +136,7 @@ class ILQLNetwork(Network):
         self.base = config.inner.build()
         vocab_size = config.vocab_size
         assert vocab_size is not None, "the language model has just been built with it"
-        self.takes_prefixes = self.base.takes_prefixes  # type: ignore[misc]
+        self.takes_sequences = self.base.takes_sequences  # type: ignore[misc]
         self.in_parts, self.loads_in_parts = self.base.in_parts, self.base.loads_in_parts  # type: ignore[misc]
         device = torch.get_default_device()
         with torch.device("meta"):  # weights are drawn once, below

@@ -1,0 +1,217 @@
+"""The form in which a network decodes: one token a row, with its weights as the machine reads them quickest.
+
+    decode = decoding_form(network, Decoding(num_tokens=200))   # with the weights of now
+    logits_BV = decode(tokens_B1, positions=positions_B1, cache=cache, head=last_logits)
+
+It is called like the network and gives what that gives, within rounding. Prompts go to the network itself. A step is
+bound by reading every weight once and by the number of operations, so that a whole PaLM is run as few operations on
+plain tensors: no modules, one product for queries, keys, values and feed-forward, one for the output of both halves
+with the residual added to it, matrices packed for the processor where enough tokens will be decoded to pay for it.
+
+Any other network (of Hugging Face, with adapters that are not merged, quantised, spread over processes) decodes as it
+is. Which form is taken depends on the processor, types, shapes and settings, never on timing: a run can be repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_palm.models.adapted import View
+from lit_palm.models.base import Cache, Head, Network
+from lit_palm.models.cache import PaLMCache
+from lit_palm.models.hardware import multiplies
+from lit_palm.models.kernels import last_logits
+from lit_palm.models.matrices import Matrix, Weights
+from lit_palm.models.palm import Block, Linear, PaLM, QKNorm, rotate
+
+__all__ = ["Decode", "Decoding", "Weights", "decoding_form"]
+
+Decode = Callable[..., Any]
+"""Called like `Network.forward`."""
+
+FEWEST_TOKENS = 32
+"""Tokens of a row from which packing the weights, which takes as long as a few steps, is soon made up for."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a network is to decode."""
+
+    weights: Weights | None = None
+    """Type of the weights while decoding; None: that of the network, or of autocast."""
+    compile: bool = False
+    """Compile the step with `torch.compile`."""
+    num_tokens: int | None = None
+    """Most tokens a row; None: no end is known."""
+
+
+def decoding_form(network: Network, how: Decoding) -> Decode:
+    """What to call instead of a network, to decode with the weights that it has now.
+
+    Args:
+        network: in evaluation mode; it must not change while the form is in use.
+        how: settings.
+
+    Raises:
+        ValueError: the settings ask for what this network cannot be given, or for a package or compiler that is not
+            installed.
+    """
+    trunk = _trunk(network)
+    if trunk is None:
+        for name, value in (("weights", how.weights), ("compile", how.compile)):
+            if value:
+                raise ValueError(
+                    f"engine.{name} is {value}, which is for a PaLM that is whole on every process, its adapters "
+                    f"merged; this is a {type(network).__name__} that is not: leave {name} out"
+                )
+        return network
+    kind = trunk.norm.weight.device.type
+    working, weights = trunk.norm.weight.dtype, how.weights
+    if torch.is_autocast_enabled(kind) and weights is None:
+        if torch.get_autocast_dtype(kind) is not torch.bfloat16 or working is not torch.float32:
+            return network
+        weights = "bf16"
+    return _PaLMDecoder(network, trunk, how, weights)
+
+
+def _trunk(network: Network) -> PaLM | None:
+    """The PaLM that computes what a network does, if its weights are ordinary tensors and nobody listens in."""
+    trunk: nn.Module = network
+    if isinstance(network, View):
+        trunk = network.adapted.trunk
+        if network.shared is not network.adapted or network.adapted.merged_role != network.role:
+            return None
+    if type(trunk) is not PaLM or any(_heard(module) for module in trunk.modules()):
+        return None
+    layers = [layer for b in trunk.layers for layer in (b.attn_ffn_in, b.attn_out, b.ffn_out)]
+    bases = [_base(layer) for layer in layers]
+    if any(type(layer) is not Linear or layer.bias is not None for layer in bases):
+        return None
+    weights = [*(layer.weight for layer in bases), trunk.embedding.weight, trunk.norm.weight]
+    if any(type(w) is not nn.Parameter or w.dtype != weights[0].dtype or w.is_meta for w in weights):
+        return None
+    return trunk
+
+
+def _heard(module: nn.Module) -> bool:
+    """Whether a call of a module does more than its class says."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
+
+
+def _base(layer: Any) -> Any:
+    """A linear layer without the adapters around it."""
+    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+
+
+class _Layer:
+    """One block's weights; activations are of type `dtype`."""
+
+    def __init__(self, block: Any, weights: Weights | None, pack: bool, dtype: torch.dtype) -> None:
+        self.norm, self.eps = block.norm.weight.to(dtype), block.norm.eps
+        (self.entry,) = Matrix.of([_base(block.attn_ffn_in).weight], weights, pack)
+        self.exit = Matrix.of([_base(block.attn_out).weight, _base(block.ffn_out).weight], weights, pack)
+        self.q_norm: QKNorm | None = block.q_norm
+        self.k_norm: QKNorm | None = block.k_norm
+
+
+class _PaLMDecoder:
+    """A PaLM's decoding step; see the module's docstring."""
+
+    def __init__(self, network: Network, trunk: PaLM, how: Decoding, weights: Weights | None) -> None:
+        self.network, self.trunk = network, trunk
+        own, block = trunk.norm.weight, cast(Block, trunk.layers[0])
+        self.head_dim, self.sizes, self.xpos = block.head_dim, block.sizes, block.xpos
+        self.num_heads, self.num_kv_heads = block.num_heads, block.num_kv_heads
+        # between products activations are as wide as weights that were converted came in
+        self.dtype = own.dtype if weights is None and multiplies(own, own.dtype) else _wide(own.dtype)
+        pack = how.num_tokens is None or how.num_tokens >= FEWEST_TOKENS
+        self.layers = [_Layer(block, weights, pack, self.dtype) for block in trunk.layers]
+        self.norm = own.to(self.dtype)
+        (self.output,) = Matrix.of([trunk.embedding.weight], None if weights == "int8" else weights, pack)
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        *,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        head: Head | None = None,
+    ) -> Any:
+        """See `Network.forward`."""
+        if tokens.shape[1] != 1 or mask is not None or cache is None or not cache.length:
+            return self.network(tokens, mask=mask, positions=positions, cache=cache, head=head)
+        assert isinstance(cache, PaLMCache), "a PaLM decodes with the cache of its own new_cache"
+        with torch.autocast(tokens.device.type, enabled=False):
+            hidden = self.step(tokens, positions, cache)
+            if head is last_logits:
+                logits = self.output(hidden * self.trunk.logit_scale)
+                return logits.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
+            weight = self.trunk.embedding.weight.to(self.dtype)
+            if head is None:
+                return F.linear(hidden[:, None] * self.trunk.logit_scale, weight)
+            return head(hidden[:, None], weight, self.trunk.logit_scale)
+
+    def step(self, tokens: Tensor, positions: Tensor | None, cache: PaLMCache) -> Tensor:
+        """Hidden states [B, D] after tokens [B, 1]."""
+        rows, trunk = len(tokens), self.trunk
+        cache.cast(self.dtype)
+        cache.reserve(1)
+        rope = [table.view(-1, 1, self.head_dim) for table in trunk.rope(tokens, None, positions, cache)]
+        place, end = cache.start + cache.length, cache.start + cache.length + 1
+        bias = cache.bias_of(cache.length + 1)
+        bias = None if bias is None else bias[:, None, None]
+        x = F.embedding(tokens[:, 0], trunk.embedding.weight).to(self.dtype)
+        width = x.shape[1:]
+        for layer, (keys, values) in zip(self.layers, cache.layers, strict=True):
+            fused = layer.entry(F.layer_norm(x, width, layer.norm, None, layer.eps))
+            q, k, v, gate, up = self.split(fused, layer, rope)
+            keys, values = keys[:rows], values[:rows]
+            keys[:, :, place], values[:, :, place] = k, v
+            # one query a row sees every slot: queries that share a key/value head become the rows of one product
+            attended = F.scaled_dot_product_attention(
+                q.reshape(rows, self.num_kv_heads, -1, self.head_dim),
+                keys[:, :, cache.start : end],
+                values[:, :, cache.start : end],
+                attn_mask=bias,
+            ).view(rows, -1)
+            x = _leave(layer, attended, gate, up, x)
+        cache.length += 1
+        return F.layer_norm(x, width, self.norm, None, trunk.norm.eps)
+
+    def split(self, fused: Tensor, layer: _Layer, rope: list[Tensor]) -> tuple[Tensor, ...]:
+        """q [B, H, Dh], k and v [B, K, Dh], normalised and rotated; the feed-forward's gate and up [B, F]."""
+        qk, v, gate, up = fused.split_with_sizes(self.sizes, 1)
+        if qk.stride(1) != 1:  # thin_linear's layout, which suits the feed-forward but not attention
+            qk, v = qk.contiguous(), v.contiguous()
+        qk, v = qk.view(len(qk), -1, self.head_dim), v.view(len(v), -1, self.head_dim)
+        heads = self.num_heads, self.num_kv_heads
+        if layer.q_norm is None and layer.k_norm is None and not self.xpos:
+            q, k = rotate(qk, *rope).split_with_sizes(heads, 1)
+        else:
+            q, k = qk.split_with_sizes(heads, 1)
+            if layer.q_norm is not None and layer.k_norm is not None:
+                q, k = layer.q_norm(q), layer.k_norm(k)
+            q, k = rotate(q, *rope[:2]), rotate(k, *rope[-2:])
+        return q, k, v, gate, up
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _leave(layer: _Layer, attended: Tensor, gate: Tensor, up: Tensor, x: Tensor) -> Tensor:
+    """x + both halves of a block, [B, D]."""
+    if len(layer.exit) == 2:
+        return layer.exit[1].add(F.silu(gate).mul_(up), layer.exit[0].add(attended, x))
+    width = attended.shape[1]
+    both = attended.new_empty(len(x), width + gate.shape[1])
+    both[:, :width] = attended
+    torch.mul(F.silu(gate), up, out=both[:, width:])
+    return layer.exit[0].add(both, x)

@@ -1,0 +1,176 @@
+"""Weight matrices in the form that the few rows of a decoding step are quickest multiplied with.
+
+    entry = Matrix.of([weight_OI], weights=None, pack=True)
+    y_BO = entry(x_BI)
+
+A step multiplies every weight with as many rows as completions are under way, from one to some hundred: too few to hide
+how the weights are read. What is quick depends on the type and the processor alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_palm.models.hardware import multiplies
+from lit_palm.models.kernels import thin_linear
+
+__all__ = ["Matrix", "Weights"]
+
+Weights = Literal["bf16", "int8"]
+
+
+class Matrix:
+    """x [B, I] -> x @ weight.T [B, O], with a weight [O, I] as it is."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The product, in the type of x."""
+        return thin_linear(x, self.weight)
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual [B, O] + x @ weight.T."""
+        return residual + self(x)
+
+    @staticmethod
+    def of(parts: Sequence[Tensor], weights: Weights | None, pack: bool) -> list[Matrix]:
+        """Matrices whose products with the parts of x, side by side, are to be added up: one for them all, or for each.
+
+        Args:
+            parts: weights [O, I_i] of one type.
+            weights: type to convert to; None: their own.
+            pack: make a copy that is quicker to multiply with, where there is one.
+
+        Raises:
+            ValueError: a package is missing.
+        """
+        first = parts[0].detach()
+        if weights == "int8":
+            return [Int8Matrix(torch.cat([*parts], 1) if len(parts) > 1 else first)]
+        dtype = torch.bfloat16 if weights == "bf16" else first.dtype
+        if not multiplies(first, dtype):
+            return [HalfMatrix(_beside(parts).to(dtype))]
+        if dtype != first.dtype:
+            return [CastMatrix(_beside(parts).to(dtype))]
+        if pack and first.is_cpu and dtype is torch.float32 and packs():
+            return [PackedMatrix(_beside(parts))]
+        return [Matrix(part.detach()) for part in parts]
+
+
+def _beside(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.detach() for part in parts], 1) if len(parts) > 1 else parts[0].detach()
+
+
+class CastMatrix(Matrix):
+    """A weight of fewer bits than x, on a device that multiplies such."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
+
+
+class PackedMatrix(Matrix):
+    """A float32 weight in oneDNN's own layout, which on a processor is read in order whatever the number of rows."""
+
+    def __init__(self, weight: Tensor) -> None:
+        # the layouts for 16 rows and more are the same, and good for fewer
+        super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+        return result
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, residual, self.weight, None, "add")
+        return result
+
+
+class NarrowMatrix(Matrix):
+    """A weight of fewer bits, on a processor that multiplies float32 numbers quickest.
+
+    A few rows are bound by reading the weight, so that the narrow one is read; more by multiplying: a float32 form of
+    it is made when they come.
+    """
+
+    FEW: ClassVar[int]
+    wide: Matrix | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.narrow(x) if len(x) <= self.FEW else self.widened()(x)
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        return residual + self.narrow(x) if len(x) <= self.FEW else self.widened().add(x, residual)
+
+    def narrow(self, x: Tensor) -> Tensor:
+        """The product with few rows."""
+        raise NotImplementedError
+
+    def as_float(self) -> Tensor:
+        """The weight in float32."""
+        return self.weight.float()
+
+    def widened(self, pack: bool = True) -> Matrix:
+        """The float32 form."""
+        if self.wide is None:
+            (self.wide,) = Matrix.of([self.as_float()], None, pack)
+        return self.wide
+
+
+class HalfMatrix(NarrowMatrix):
+    """A weight of 16 bits; of a single row the numbers are rounded to them too."""
+
+    FEW = 1
+
+    def narrow(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
+
+
+class Int8Matrix(NarrowMatrix):
+    """A weight of 8 bits with a scale for each output, through `torchao`; few rows are rounded to bfloat16."""
+
+    FEW = 16
+
+    def __init__(self, weight: Tensor) -> None:
+        try:
+            from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        except ImportError as error:
+            raise ValueError("engine.weights is int8: it needs torchao, `pip install lit-palm[int8]`") from error
+        layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        quantize_(layer, Int8WeightOnlyConfig(version=2))
+        super().__init__(layer.weight)
+        made: Any = layer.weight
+        self.numbers, self.scales = made.qdata, made.scale.flatten().bfloat16()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) if x.is_cpu else F.linear(x, self.weight)
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        return super().add(x, residual) if x.is_cpu else residual + self(x)
+
+    def narrow(self, x: Tensor) -> Tensor:
+        product: Tensor = torch.ops.aten._weight_int8pack_mm(x.bfloat16(), self.numbers, self.scales)
+        return product.to(x.dtype)
+
+    def as_float(self) -> Tensor:
+        made: Any = self.weight
+        return made.dequantize().float()  # type: ignore[no-any-return]
+
+
+@cache
+def packs() -> bool:
+    """Whether this build of torch has oneDNN's packed product, and it multiplies as it should."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        x, weight = torch.arange(16.0).view(2, 8), torch.arange(32.0).view(4, 8)
+        mine: Any = PackedMatrix(weight)
+        return torch.equal(mine(x), x @ weight.t()) and torch.equal(mine.add(x, x @ weight.t()), 2 * (x @ weight.t()))
+    except (AttributeError, RuntimeError):
+        return False
