@@ -113,8 +113,7 @@ class LitPolicy(LitModule):
         # frozen networks stay out of the module tree: neither trained, synchronised, nor written into checkpoints
         self.frozen: dict[str, nn.Module] = {}
         self.rollouts: Rollouts | None = None
-        self._reference_id = ""
-        self._validation_started = 0.0
+        self._reference_id, self._validation_started = "", 0.0
         self.engine_agrees: bool | None = None
         """The engine's log-probabilities equalled those of training in the first collection; None: not known yet."""
         self.starts_as_reference = False
