@@ -1,4 +1,4 @@
-"""How fast the run goes: `num_tokens`, `perf/tokens_per_s` and `perf/mfu`, every `log_every_n_steps`.
+"""How fast a run goes: `num_tokens`, `perf/tokens_per_s` and `perf/mfu`, every `log_every_n_steps`; then a line of it.
 
 The module counts tokens in `pl_module.num_tokens_seen`, a number or a tensor on its device, of this rank. It is read
 only when it is logged, so that no step waits for the device.
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lit_palm.callbacks.learning_rate import is_log_step
@@ -41,6 +42,7 @@ class Throughput(Callback):
         self._logged_step = 0
         self._window_start = 0.0
         self._window_tokens = 0
+        self._start, self._start_tokens = 0.0, 0
         self._validation_start = 0.0
         self._flops_per_token = 0.0
 
@@ -56,12 +58,28 @@ class Throughput(Callback):
             self.peak_flops = measure_peak_flops(pl_module.device, _dtype(str(trainer.precision)))
         self._flops_per_token = float(getattr(pl_module, "flops_per_token", None) or 6 * _num_trained(pl_module))
         self._window_start, self._window_tokens = time.perf_counter(), self.num_tokens
+        self._start, self._start_tokens = self._window_start, self.num_tokens
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say how fast it went, from the first step to the last."""
+        self._count(trainer, pl_module)
+        seen = self.num_tokens - self._start_tokens
+        if seen > 0:
+            rate = seen / max(time.perf_counter() - self._start, 1e-9)
+            share = f"{self._utilisation(trainer, rate):.1%} of {self.peak_flops:.3g} FLOP/s"
+            rank_zero_info(f"{seen:,} tokens at {rate:,.0f} a second, {share} a device")
+
+    def _utilisation(self, trainer: Trainer, rate: float) -> float:
+        assert self.peak_flops is not None
+        return rate * self._flops_per_token / (self.peak_flops * trainer.world_size)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validation_start = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._window_start += time.perf_counter() - self._validation_start
+        passed = time.perf_counter() - self._validation_start
+        self._window_start += passed
+        self._start += passed
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -73,8 +91,7 @@ class Throughput(Callback):
         now = time.perf_counter()
         rate = (self.num_tokens - self._window_tokens) / max(now - self._window_start, 1e-9)
         self._window_start, self._window_tokens, self._logged_step = now, self.num_tokens, step
-        assert self.peak_flops is not None
-        utilisation = rate * self._flops_per_token / (self.peak_flops * trainer.world_size)
+        utilisation = self._utilisation(trainer, rate)
         values = {"num_tokens": float(self.num_tokens), "perf/tokens_per_s": rate, "perf/mfu": utilisation}
         pl_module.log_dict(values, batch_size=1)
 

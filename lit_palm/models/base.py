@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_palm.models.side_by_side import Sequences
 from lit_palm.models.weights import Fresh, fill, fresh_seed, give_memory, local
 
 __all__ = ["Cache", "Head", "Network", "NetworkConfig", "ScalarNetwork"]
@@ -222,14 +223,20 @@ class ScalarNetwork(nn.Module):
         mask: Tensor | None = None,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
+        sequences: Sequences | None = None,
         calibrated: bool = True,
     ) -> Tensor:
-        """Scalar at every position: [B, T] in float32; arguments as for `Network.forward`."""
+        """Scalar at every position: [B, T] in float32; arguments as for `Network.forward`.
+
+        Of tokens that are laid side by side it gives those of the rows that they make up; on padding, anything.
+        """
+        options = {} if sequences is None else {"sequences": sequences}
 
         def head(hidden: Tensor, weight: Tensor, logit_scale: float) -> Tensor:
             return F.linear(hidden, local(self.head.weight), local(self.head.bias)).squeeze(-1)
 
-        raw: Tensor = self.trunk(tokens, mask=mask, positions=positions, documents=documents, head=head).float()
+        raw: Tensor = self.trunk(tokens, mask=mask, positions=positions, documents=documents, head=head, **options)
+        raw = raw.float() if sequences is None else raw.float().squeeze(0)[sequences.place]
         if self.pooling == "mean":
             assert documents is None, "a running mean knows nothing of packed documents"
             real = torch.ones_like(raw) if mask is None else mask.to(raw.dtype)

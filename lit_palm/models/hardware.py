@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from torch import Tensor
 __all__ = ["measure_peak_bandwidth", "measure_peak_flops", "multiplies", "useful_dtype"]
 
 
-@cache
 def _host_multiplies(dtype: torch.dtype) -> bool:
     """Whether the host's processor has instructions for dot products of a 16-bit type.
 
@@ -26,11 +24,17 @@ def _host_multiplies(dtype: torch.dtype) -> bool:
     as float32 (AVX2) and 2 times (AVX-512). Of other architectures torch does not tell, nor does an older torch; they
     are trusted.
     """
+    if dtype in _KNOWN:
+        return _KNOWN[dtype]
     able: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    if able.get("architecture") != "x86_64":
-        return True
     names = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
-    return any(able.get(name, False) for name in names[dtype])
+    foreign = able.get("architecture") != "x86_64"
+    _KNOWN[dtype] = foreign or any(able.get(name, False) for name in names[dtype])
+    return _KNOWN[dtype]
+
+
+_KNOWN: dict[torch.dtype, bool] = {}
+"""What has been found out; a plain table, which compiled code reads."""
 
 
 def multiplies(tensor_or_device: Tensor | torch.device, dtype: torch.dtype) -> bool:

@@ -50,7 +50,7 @@ def split_swiglu(fused: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
         fused: [B, T, sum(sizes)].
         sizes: widths of the parts; the last two are equal.
     """
-    if torch.is_grad_enabled() and fused.requires_grad:
+    if torch.is_grad_enabled() and fused.requires_grad and not torch.compiler.is_compiling():
         return _SplitSwiGLU.apply(fused, sizes)
     *parts, gate, up = fused.split_with_sizes(sizes, -1)
     return *parts, F.silu(gate).mul_(up)

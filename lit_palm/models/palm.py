@@ -17,9 +17,9 @@ Shapes follow the legend of `lit_palm.types`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -28,11 +28,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils.checkpoint import checkpoint
 
+from lit_palm.models.attention import Documents, attend_within, bias_of, find_documents
 from lit_palm.models.base import Cache, Head, Network, NetworkConfig
 from lit_palm.models.cache import PaLMCache
 from lit_palm.models.half import attention, linear
 from lit_palm.models.kernels import recomputed, split_swiglu
-from lit_palm.models.side_by_side import Sequences, collect, spread
+from lit_palm.models.side_by_side import Seen, Sequences, collect, spread
 from lit_palm.models.weights import Fresh, fill, fresh_seed, give_memory, local
 from lit_palm.types import has_float64
 
@@ -125,10 +126,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Names for `PaLMConfig.preset`; the two smallest fit a laptop, the others are the paper's."""
 
 
-Seen = Tensor | Sequences | None
-"""What a token sees: see `PaLM.attention_bias`; or what comes before it in the rows that its token belongs to."""
-
-
 class Linear(nn.Linear):
     """A bias-free linear map that is also quick for the few rows of a decoding step."""
 
@@ -181,6 +178,8 @@ class Block(nn.Module):
 
     keep: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = staticmethod(lambda function: function)
     """Binds what is recomputed in the backward pass to the adapter that is active now (`lit_palm.models.adapted`)."""
+    compiled: Callable[..., Tensor] | None = None
+    """`compute` for any block, compiled; used unless the block decodes (`lit_palm.models.compiled`)."""
     spare = False
     """Recompute the feed-forward's inner values in the backward pass: below adapters memory is what counts."""
 
@@ -203,11 +202,12 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, ...], bias: Seen, cache: PaLMCache | None) -> Tensor:
         """[B, T, D] -> [B, T, D]; `rope` and `bias` come from `PaLM.forward`; the cache takes the keys and values."""
+        compute = self.compute if self.compiled is None or cache is not None else partial(self.compiled, self)
         # recomputed in here rather than around the block: a sharded block is then gathered once for both
         if self.recompute and self.training and torch.is_grad_enabled():
-            result: Tensor = checkpoint(self.keep(self.compute), x_BTD, rope, bias, cache, use_reentrant=False)
+            result: Tensor = checkpoint(self.keep(compute), x_BTD, rope, bias, cache, use_reentrant=False)
             return result
-        return self.compute(x_BTD, rope, bias, cache)
+        return compute(x_BTD, rope, bias, cache)
 
     def compute(self, x_BTD: Tensor, rope: tuple[Tensor, ...], bias: Seen, cache: PaLMCache | None) -> Tensor:
         """What `forward` gives."""
@@ -228,7 +228,7 @@ class Block(nn.Module):
 
     def join(self, attended: Tensor, hidden: Tensor) -> Tensor:
         """[B, T, D] from both halves."""
-        if self.spare and not self.recompute:
+        if self.spare and not self.recompute and not torch.compiler.is_compiling():
             with recomputed(hidden):
                 return self.attn_out(attended) + self.ffn_out(hidden)
         return self.attn_out(attended) + self.ffn_out(hidden)
@@ -245,6 +245,9 @@ class Block(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Seen, cache: PaLMCache | None) -> Tensor:
         """Attention of q [B, T, H, Dh] over k and v [B, T, K, Dh], with the cache's before them: [B, T, H * Dh]."""
+        dropout = self.dropout if self.training else 0.0
+        if isinstance(bias, Documents):
+            return attend_within(q, k, v, bias, dropout).flatten(2)
         if isinstance(bias, Sequences):
             q, k, v = (spread(t, bias) for t in (q, k, v))
             return collect(self.attend(q, k, v, None, None), bias)
@@ -266,7 +269,7 @@ class Block(nn.Module):
             k,
             v,
             bias,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=dropout,
             is_causal=bias is None,
             enable_gqa=grouped,
         )
@@ -419,23 +422,15 @@ class PaLM(Network):
                 self._tables = tuple(table[:, None].to(dtype).to(device) for table in pairs)
         return self._tables
 
-    def attention_bias(
-        self, x: Tensor, mask: Tensor | None, documents: Tensor | None, cache: PaLMCache | None
-    ) -> Tensor | None:
-        """What is added to the attention scores, [B, 1, T, S] of 0 and -inf; None for plain causal attention."""
+    def attention_bias(self, x: Tensor, mask: Tensor | None, documents: Tensor | None, cache: PaLMCache | None) -> Seen:
+        """What is added to attention scores, [B, 1, T, S]; None for plain causal attention; where documents lie."""
+        eager = self.layers[0].compiled is None  # compiled for any length, not for these
+        if documents is not None and mask is None and eager and (found := find_documents(documents)):
+            return found
         width, past = x.shape[1], cache.length if cache is not None else 0
         kept = None if cache is None else cache.bias_of(past + width)
         if cache is not None and width == 1:
             return None if kept is None else kept[:, None, None]
         if mask is None and documents is None and past == 0:
             return None
-        seen = torch.ones(width, past + width, dtype=torch.bool, device=x.device).tril(past)[None]
-        if kept is not None:
-            seen = seen & (kept[:, None] == 0)
-        elif mask is not None:
-            seen = seen & mask[:, None, :]
-        if documents is not None:
-            seen = seen & (documents[:, :, None] == documents[:, None, :])
-        # padding sees itself: a softmax over nothing would be NaN
-        torch.diagonal(seen, past, -2, -1).fill_(True)
-        return torch.zeros(seen.shape, dtype=x.dtype, device=x.device).masked_fill(~seen, -math.inf)[:, None]
+        return bias_of(x, past, mask, documents, kept)

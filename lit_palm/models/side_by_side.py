@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Sequences", "SideBySide", "collect", "side_by_side", "spread"]
+from lit_palm.models.attention import Documents
+
+__all__ = ["Seen", "Sequences", "SideBySide", "collect", "side_by_side", "spread"]
 
 WORTHWHILE = 0.96
 """Lay side by side when at most this share of the padded tokens is left: copying to and fro costs a little."""
@@ -37,6 +39,11 @@ class Sequences(NamedTuple):
     """[P] long: which of the N tokens stand in several rows."""
     copies: Tensor
     """[P, K] long: where in the flattened rows each of these stands; -1 where it stands in fewer than K."""
+
+
+Seen = Tensor | Documents | Sequences | None
+"""What attention is told that a token sees: a bias [B, 1, T, S] on its scores, or that it belongs to rows; None: what
+comes before it."""
 
 
 class SideBySide(NamedTuple):

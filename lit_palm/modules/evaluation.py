@@ -43,7 +43,9 @@ def _evaluate(module: LitPolicy, batch: dict[str, Any]) -> list[dict[str, Any]]:
         return []
 
     def compute(rows: Experience) -> dict[str, Tensor]:
-        return {"difference": module.policy_logps(rows) - module.reference_logps(rows)}
+        # an engine that was seen to agree with a forward pass saves one
+        policy = rows["engine_logps"] if module.engine_agrees is True else module.policy_logps(rows)
+        return {"difference": policy - module.reference_logps(rows)}
 
     rows = batch["row"][real]
     experience, scored = score(module, prompts, rows, generate(module, prompts, rows, VALIDATION))

@@ -69,6 +69,7 @@ class LitModule(SpreadModule):
         sharding: how networks are spread where the Trainer's strategy spreads them.
         lora: train adapters beside frozen weights; None: all weights.
         unfrozen_layers: train so many of the topmost blocks and what is above them; None: everything.
+        compile: run the network's blocks through `torch.compile`: for GPUs; the first steps take minutes. A PaLM only.
     """
 
     kind: ClassVar[Kind]
@@ -84,8 +85,9 @@ class LitModule(SpreadModule):
         sharding: Sharding | None = None,
         lora: LoRA | None = None,
         unfrozen_layers: int | None = None,
+        compile: bool = False,
     ) -> None:
-        super().__init__(sharding)
+        super().__init__(sharding, compile)
         if lora is not None:
             lora.check_installed()
         if lora is not None and unfrozen_layers is not None:

@@ -90,6 +90,7 @@ class LitLanguageModel(LitModule):
         lora: train an adapter beside frozen weights, which checkpoints then name instead of holding; None: train all
             weights.
         unfrozen_layers: train so many of the topmost blocks and what is above them; None: everything.
+        compile: run the network's blocks through `torch.compile`: for GPUs; the first steps take minutes. A PaLM only.
     """
 
     kind: ClassVar[Kind] = "language_model"
@@ -108,9 +109,10 @@ class LitLanguageModel(LitModule):
         sharding: Sharding | None = None,
         lora: LoRA | None = None,
         unfrozen_layers: int | None = None,
+        compile: bool = False,
     ) -> None:
         objective = objective or LanguageModeling()
-        options = clip_per_network, overrides, sharding, lora, unfrozen_layers
+        options = clip_per_network, overrides, sharding, lora, unfrozen_layers, compile
         super().__init__(network, objective, optimizer, scheduler, *options)
         self.sample_prompts = sample_prompts or []
         self.sampling = sampling or Sampling()

@@ -1,37 +1,69 @@
-"""A minibatch run in parts of similar length: the same sums, with less computed on padding.
+"""A minibatch run without its padding: the same sums for less work, and so the same update up to rounding.
 
-The loss still sees the whole minibatch, so that the update is the same up to rounding.
+A network that takes `sequences` runs the real tokens of all rows side by side. Another one, such as that of a Hugging
+Face model, runs rows of similar length together, in as many passes as pay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from lit_palm.models.base import Network, ScalarNetwork
+from lit_palm.models.side_by_side import side_by_side
+from lit_palm.parallel.sharded import bare
 from lit_palm.rollout.lengths import cost_of_a_pass, parts_of_similar_length
 from lit_palm.types import Experience, Output
 
-__all__ = ["in_parts"]
+__all__ = ["in_parts", "scalars"]
 
 
-def in_parts(batch: Experience, compute: Callable[[Experience], Output], together: bool = False) -> Output:
+def scalars(network: nn.Module, batch: Experience) -> Tensor:
+    """What a `ScalarNetwork` says at every token of the rows, [B, T]; on padding, anything."""
+    tokens = batch["tokens"]
+    packed = side_by_side(tokens, batch["mask"], batch["loss_mask"], batch["group"]) if _lays(network, batch) else None
+    if packed is None:
+        values: Tensor = network(tokens)
+        return values
+    values = network(packed.tokens, positions=packed.positions, sequences=packed.sequences)
+    return values
+
+
+def _lays(network: nn.Module, batch: Experience) -> bool:
+    """Whether a network runs the rows of a batch side by side."""
+    network = bare(network)
+    trunk = network.trunk if isinstance(network, ScalarNetwork) else network
+    if not isinstance(trunk, Network) or "group" not in batch or "documents" in batch:
+        return False
+    return trunk.takes_sequences and batch["tokens"].shape[1] <= trunk.config.max_length
+
+
+def in_parts(
+    batch: Experience,
+    compute: Callable[[Experience], Output],
+    networks: Iterable[nn.Module],
+    together: bool = False,
+) -> Output:
     """What `compute` gives for a minibatch.
 
-    On an accelerator rows stay together, since telling their lengths would mean to wait for it; so do packed rows,
-    which are of one length.
+    Rows stay together where all networks run them side by side; on an accelerator, since telling their lengths would
+    mean to wait for it; packed ones, which are of one length; and those without a group, which a data module has
+    sorted by length where that was asked for.
 
     Args:
         batch: B rows.
         compute: gives fields [b, t] (or [b]) for some of the rows, which are cut to their longest.
+        networks: that it runs.
         together: rows stay together, as where networks are sharded: each pass needs all processes, whose rows differ.
     """
     tokens = batch["tokens"]
-    if together or not tokens.is_cpu or "documents" in batch:
+    alike = "documents" in batch or "group" not in batch
+    if together or not tokens.is_cpu or alike or all(_lays(n, batch) for n in networks):
         return compute(batch)
     parts = parts_of_similar_length(batch["mask"].sum(1), cost_of_a_pass(tokens.device), batch.get("group"))
     if len(parts) == 1:

@@ -21,7 +21,7 @@ from lit_palm.modules.handover import Handover
 from lit_palm.modules.host import LitModule, default_optimizer
 from lit_palm.modules.language_model import language_model_output
 from lit_palm.modules.lora_stages import policy_roles
-from lit_palm.modules.parts import in_parts
+from lit_palm.modules.parts import in_parts, scalars
 from lit_palm.modules.reference import PrecomputedReference, ReferenceUpdate
 from lit_palm.modules.rollouts import Rollouts
 from lit_palm.modules.sharding import Sharding
@@ -57,8 +57,7 @@ class LitPolicy(LitModule):
         precompute_reference: compute the reference's log-probabilities of all data once, before training, and take the
             network off the device; for given data, not for rollouts.
         reference_update: let the reference follow the policy (an EMA, or TR-DPO's updates); None: it stays frozen.
-        value: checkpoint whose weights the value network starts from; None: the first reward model's, else the
-            policy's with a fresh head.
+        value: checkpoint that the value network starts from; None: the first reward model's, else the policy's trunk.
         rollout: sizes of a collection and of its minibatches.
         sampling: how completions are drawn, in training and validation; log-probabilities are taken at its temperature.
         engine: what samples.
@@ -67,10 +66,10 @@ class LitPolicy(LitModule):
         value_lr: learning rate of the value network; None: the optimiser's.
         clip_per_network: clip each network's gradient by its own norm rather than all together.
         overrides: fields to change in the configuration of the checkpoint's network, such as `dropout`.
-        sharding: how networks are spread where the Trainer's strategy spreads them, and what is kept off the device.
+        sharding: how networks are spread where the Trainer's strategy spreads them.
         lora: train adapters of policy and value on one frozen network, which is the reference too; None: all weights.
-        unfrozen_layers: train so many of the policy's topmost blocks and what is above them (of a value network that
-            starts as the policy too); None: everything.
+        unfrozen_layers: train so many of the policy's topmost blocks (a value network's that starts as it too).
+        compile: run the network's blocks through `torch.compile`: for GPUs; the first steps take minutes. A PaLM only.
     """
 
     kind: ClassVar[Kind] = "policy"
@@ -96,9 +95,10 @@ class LitPolicy(LitModule):
         sharding: Sharding | None = None,
         lora: LoRA | None = None,
         unfrozen_layers: int | None = None,
+        compile: bool = False,
     ) -> None:
         objective = objective or PPO()
-        options = clip_per_network, overrides, sharding, lora, unfrozen_layers
+        options = clip_per_network, overrides, sharding, lora, unfrozen_layers, compile
         super().__init__(network, objective, optimizer, scheduler, *options)
         self.rewards: list[Reward] = list(rewards or [])
         check_rewards(self.objective, [reward.name for reward in self.rewards])
@@ -283,8 +283,7 @@ class LitPolicy(LitModule):
 
     def state_values(self, batch: Experience) -> Tensor:
         """Value of the state in which each token was chosen: [B, T], what the network says one token earlier."""
-        values: Tensor = self.networks["value"](batch["tokens"])
-        return torch.where(batch["loss_mask"], values.roll(1, dims=1), 0)
+        return torch.where(batch["loss_mask"], scalars(self.networks["value"], batch).roll(1, dims=1), 0)
 
     # ------------------------------------------------------------------ the step
 
@@ -304,17 +303,19 @@ class LitPolicy(LitModule):
 
     def on_train_batch_start(self, batch: Experience, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        # the loader cannot log: what a collection found out is logged with its first minibatch
-        if self.rollouts is not None:
+        if self.rollouts is not None:  # its loader cannot log: what it found out is logged with its first minibatch
             self.rollouts.fit_epoch()
             for name, found in self.rollouts.pop_metrics().items():
                 self.log(name, found, batch_size=1, prog_bar=name in self.progress_metrics)
 
     def training_step(self, batch: Experience, batch_idx: int) -> Tensor:
         self.starts_as_reference = False
-        return self.account(self.loss_of(in_parts(batch, self._output, self.layout.shards), batch), batch)
+        return self.account(self.loss_of(self._output(batch), batch), batch)
 
     def _output(self, batch: Experience) -> Output:
+        return in_parts(batch, self._of_part, self.networks.values(), bool(self._layout and self._layout.shards))
+
+    def _of_part(self, batch: Experience) -> Output:
         needs = self.objective.needs
         output = Output(
             **language_model_output(
@@ -363,8 +364,7 @@ class LitPolicy(LitModule):
 
     def _validate(self, batch: Any, batch_idx: int, prefix: str) -> None:
         if isinstance(batch, Experience):  # offline data
-            loss = self.loss_of(in_parts(batch, self._output, self.layout.shards), batch)
-            weight = self.objective.weight(batch)
+            loss, weight = self.loss_of(self._output(batch), batch), self.objective.weight(batch)
             if isinstance(loss.total, Tensor):
                 assert isinstance(weight, Tensor)
                 terms = {"loss": (loss.total, weight)}

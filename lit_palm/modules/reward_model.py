@@ -56,6 +56,7 @@ class LitRewardModel(LitModule):
         lora: train an adapter beside frozen weights, which checkpoints then name instead of holding; None: train all
             weights.
         unfrozen_layers: train so many of the topmost blocks and what is above them; None: everything.
+        compile: run the network's blocks through `torch.compile`: for GPUs; the first steps take minutes. A PaLM only.
     """
 
     kind: ClassVar[Kind] = "reward"
@@ -74,9 +75,10 @@ class LitRewardModel(LitModule):
         sharding: Sharding | None = None,
         lora: LoRA | None = None,
         unfrozen_layers: int | None = None,
+        compile: bool = False,
     ) -> None:
         objective = objective or RewardRanking()
-        options = clip_per_network, overrides, sharding, lora, unfrozen_layers
+        options = clip_per_network, overrides, sharding, lora, unfrozen_layers, compile
         super().__init__(network, objective, optimizer, scheduler, *options)
         self.calibrate = calibrate
         self.pooling = pooling

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from lit_palm.models.adapted import AdaptedNetwork, split_name
+from lit_palm.models.compiled import compile_blocks
 from lit_palm.modules.sharding import Layout, Sharding, check_strategy
 from lit_palm.modules.weights import Blueprint
 from lit_palm.parallel.sharded import clean_name, roots
@@ -47,10 +48,12 @@ class SpreadModule(LightningModule):
 
     Args:
         sharding: how networks are spread where the Trainer's strategy spreads them.
+        compile: run the blocks of trained networks compiled.
     """
 
-    def __init__(self, sharding: Sharding | None = None) -> None:
+    def __init__(self, sharding: Sharding | None = None, compile: bool = False) -> None:
         super().__init__()
+        self._compiles = compile
         self.sharding = sharding or Sharding()
         self.networks = Networks()
         self._layout: Layout | None = None
@@ -111,6 +114,8 @@ class SpreadModule(LightningModule):
             built = self.build_networks()
             self.networks = built if isinstance(built, Networks) else Networks(built)
             self.networks.stays = self.sharding.offload
+            for network in self.networks.values() if self._compiles else ():
+                compile_blocks(network)
 
     def network_of(self, role: str) -> nn.Module:
         """The network of a role, to be called."""

@@ -222,16 +222,13 @@ class Scheduler:
             self.joining, self.reading = self._admit(), None
             if not self.joining:
                 return None
-        if self.reading is None:
-            self.reading = self._begin(self.joining)
-        now = self.reading
+        now = self.reading = self.reading or self._begin(self.joining)
         # one prompt alone has no padding, and may come in parts
         end = now.place + self.prefill_tokens if now.mask is None and len(now.tokens) == 1 else now.tokens.shape[1]
         part = now.tokens[:, now.place : end]
+        where = {"mask": now.mask, "positions": now.positions, "cache": now.cache}
         with span("prefill"):
-            logits: Tensor = self.network(
-                part, mask=now.mask, positions=now.positions, cache=now.cache, head=last_logits
-            )
+            logits: Tensor = self.network(part, head=last_logits, **where)
         now.place += part.shape[1]
         if now.place < now.tokens.shape[1]:
             return None

@@ -1,4 +1,4 @@
-"""The comparison with TRL runs, in its short form; what it measures is read by people, never gated on."""
+"""The comparisons with TRL and palm-rlhf-pytorch run, in their short form; what they measure is read by people."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from tests.benchmarks.jobs.alignment import jobs
 from tests.benchmarks.measuring import Crew, measure
 
 
-@pytest.mark.parametrize("name", ["dpo-float32", "dpo-precomputed", "grpo-float32"])
+@pytest.mark.parametrize("name", ["dpo-float32", "dpo-precomputed", "grpo-float32", "ppo"])
 def test_the_short_form_measures_both_sides(name: str, crew: Crew) -> None:
     [job] = [job for job in jobs("short") if job.name == name]
     result = measure(job, crew)
     assert not result.failed and not result.left_out
-    assert all(len(result.costs[side]) == job.repeats and min(result.costs[side]) > 0 for side in ("ours", "TRL"))
+    assert set(result.costs) == {side.name for side in job.sides}
+    assert all(len(costs) == job.repeats and min(costs) > 0 for costs in result.costs.values())
 
 
 @pytest.fixture(scope="module")
 def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
     """This environment on both sides."""
-    for package in ("trl", "lit_palm_dpo", "lit_palm_grpo"):
+    for package in ("trl", "palm_rlhf_pytorch", "lit_palm_dpo", "lit_palm_grpo"):
         pytest.importorskip(package)
     python = {"ours": sys.executable, "peers": sys.executable}
     found = Crew(python, 1, tmp_path_factory.mktemp("scratch"))

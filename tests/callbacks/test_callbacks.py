@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,13 @@ def test_peak_is_measured_when_it_is_not_given(make_trainer) -> None:
     assert throughput.peak_flops is not None and throughput.peak_flops > 1e6
     with pytest.raises(ValueError, match="peak_flops"):
         Throughput(peak_flops=0)
+
+
+def test_a_run_ends_with_its_speed(make_trainer, caplog) -> None:
+    with caplog.at_level(logging.INFO):
+        make_trainer(callbacks=[Throughput(peak_flops=2e9)], max_steps=3).fit(BoringModule())
+    (line,) = [message for message in caplog.messages if "tokens at" in message]
+    assert line.startswith(f"{3 * TOKENS_A_BATCH} tokens at ") and line.endswith("% of 2e+09 FLOP/s a device")
 
 
 # ---------------------------------------------------------------------------------------------------- samples

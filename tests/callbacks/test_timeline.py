@@ -9,12 +9,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.profilers import PassThroughProfiler
 
 from lit_palm.callbacks import LastCheckpoint, RolloutWriter, Timeline
 from lit_palm.callbacks.trace_file import OPERATORS, TraceFile
@@ -290,6 +292,17 @@ def test_a_trace_keeps_the_latest_spans_and_drops_the_shortest(tmp_path: Path) -
     file.write()
     assert [e["name"] for e in spans_of(tmp_path / "t.json", pid=3)] == [f"n{i}" for i in range(15, 25)]
     assert json.loads((tmp_path / "t.json").read_text(encoding="utf-8"))["otherData"]["spans_left_out"] == 15
+
+
+def test_each_rank_writes_a_file_of_its_own(tmp_path: Path) -> None:
+    timeline = Timeline(str(tmp_path / "trace.json"))
+    run: Any = SimpleNamespace(global_rank=2, profiler=PassThroughProfiler(), sanity_checking=False)
+    timeline.setup(run, None, "validate")  # type: ignore[arg-type]
+    with run.profiler.profile("[Strategy]S.validation_step"):
+        time.sleep(0.001)
+    timeline.teardown(run, None, "validate")  # type: ignore[arg-type]
+    assert [path.name for path in tmp_path.iterdir()] == ["trace.2.json"]
+    assert "Strategy S.validation_step" in {e["name"] for e in spans_of(tmp_path / "trace.2.json", pid=2)}
 
 
 def test_what_cannot_be_is_refused_before_anything_runs(tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ def processor(monkeypatch):
 
     def pretend(**able: object) -> None:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
-        hardware._host_multiplies.cache_clear()
+        hardware._KNOWN.clear()
 
     yield pretend
-    hardware._host_multiplies.cache_clear()
+    hardware._KNOWN.clear()
 
 
 def test_peaks_are_those_of_a_machine() -> None:

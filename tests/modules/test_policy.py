@@ -107,6 +107,25 @@ def test_data_of_the_wrong_kind_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, max_epochs=1).fit(policy(), datamodule=data)
 
 
+def test_validation_takes_the_log_probabilities_of_an_engine_that_agrees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, data = policy(), prompt_data(tmp_path)
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(module, datamodule=data)
+    assert module.engine_agrees is True
+    asked: list[int] = []
+    original = module.policy_logps
+    monkeypatch.setattr(module, "policy_logps", lambda rows: asked.append(1) or original(rows))
+    quick = run.validate(module, datamodule=data, verbose=False)[0]
+    assert not asked
+    module.engine_agrees = False
+    slow = run.validate(module, datamodule=data, verbose=False)[0]
+    assert asked
+    # sums over completions of up to 8 tokens, each within 1e-5
+    assert quick.pop("val/kl") == pytest.approx(slow.pop("val/kl"), abs=8e-5) and quick == slow
+
+
 # ------------------------------------------------------------------------------------------ frozen networks
 
 

@@ -29,6 +29,8 @@ class BlindConfig(PaLMConfig):
 
 
 class Blind(PaLM):
+    takes_sequences = False
+
     def forward(self, tokens: Tensor, **options: Any) -> Any:
         return super().forward(tokens, **{**options, "mask": None, "positions": None})
 
@@ -42,6 +44,8 @@ class CrowdConfig(PaLMConfig):
 
 
 class Crowd(PaLM):
+    takes_sequences = False
+
     def forward(self, tokens: Tensor, *, head: Any = None, **options: Any) -> Any:
         def crowded(hidden: Tensor, weight: Tensor, scale: float) -> Any:
             return head(hidden - 0.1 * hidden.mean(0, keepdim=True), weight, scale)

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from lit_palm.callbacks import LastCheckpoint
 from lit_palm.data import PreferenceData
+from lit_palm.models import compiled
 from lit_palm.modules.reference import ReferenceUpdate
 from lit_palm.modules.sharding import Sharding
 from lit_palm.rollout import lengths
@@ -50,6 +51,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "continuous": {"engine": ContinuousEngine(max_batch_size=3)},
     "recomputed": {"network": {"activation_checkpointing": True}},
     "unfrozen": {"unfrozen_layers": 1},
+    "compiled": {"compile": True},
     "deep": {"network": {"num_layers": 3}},
     "large": {"network": {"d_model": 512, "num_layers": 8, "num_heads": 8, "head_dim": 64}},
     "bf16": {},
@@ -109,6 +111,8 @@ def train(job: str, folder: Path, name: str = "one") -> tuple[Any, Any, Trajecto
     """Run a job under the strategy of a name; the Trainer, the module and what was seen."""
     kind, settings, options = settings_of(job)
     steps = next((int(s) for s in settings if s.isdigit()), None)
+    if "compiled" in settings:
+        compiled.BACKEND = "aot_eager"  # graphs as ever, without minutes in a C++ compiler
     seen = Trajectory()
     callbacks: list[Any] = [seen]
     if steps is not None:

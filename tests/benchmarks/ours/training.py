@@ -26,7 +26,7 @@ class Steady(torch.optim.AdamW):
         super().__init__(params, lr=0.0, weight_decay=0.0)
 
 
-def train(size: dict[str, int], rows: int, length: int, precision: str, compiled: bool = False) -> Work:
+def train(size: dict[str, int], rows: int, length: int, precision: str) -> Work:
     """A step of `LitLanguageModel` under the Trainer, with its default optimiser and all that it logs."""
 
     def build() -> tuple[Any, Any]:
@@ -35,8 +35,7 @@ def train(size: dict[str, int], rows: int, length: int, precision: str, compiled
             sequence_length=length, pack=False, train=written([{"tokens": ids} for ids in documents]),
             batch_size=rows, tokenizer="bytes",
         )  # fmt: skip
-        options = {"compile": True} if compiled else {}
-        return LitLanguageModel(config(Size(**size)), **options), data
+        return LitLanguageModel(config(Size(**size))), data
 
     step = stepwise(build, precision)
 
