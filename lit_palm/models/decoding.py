@@ -14,9 +14,10 @@ is. Which form is taken depends on the processor, types, shapes and settings, ne
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -109,6 +110,16 @@ def _base(layer: Any) -> Any:
     return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
 
 
+class _Shape(NamedTuple):
+    """Sizes of all blocks."""
+
+    sizes: tuple[int, ...]
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    xpos: bool
+
+
 class _Layer:
     """One block's weights; activations are of type `dtype`."""
 
@@ -126,12 +137,17 @@ class _PaLMDecoder:
     def __init__(self, network: Network, trunk: PaLM, how: Decoding, weights: Weights | None) -> None:
         self.network, self.trunk = network, trunk
         own, block = trunk.norm.weight, cast(Block, trunk.layers[0])
-        self.head_dim, self.sizes, self.xpos = block.head_dim, block.sizes, block.xpos
-        self.num_heads, self.num_kv_heads = block.num_heads, block.num_kv_heads
+        self.shape = _Shape(block.sizes, block.num_heads, block.num_kv_heads, block.head_dim, block.xpos)
+        self.compile = how.compile
         # between products activations are as wide as weights that were converted came in
         self.dtype = own.dtype if weights is None and multiplies(own, own.dtype) else _wide(own.dtype)
-        pack = how.num_tokens is None or how.num_tokens >= FEWEST_TOKENS
+        # what is compiled sees through products of torch's own only
+        pack = not how.compile and (how.num_tokens is None or how.num_tokens >= FEWEST_TOKENS)
         self.layers = [_Layer(block, weights, pack, self.dtype) for block in trunk.layers]
+        if self.compile:
+            _compiled()
+            for matrix in (m for layer in self.layers for m in (layer.entry, *layer.exit)):
+                matrix.settle()
         self.norm = own.to(self.dtype)
         (self.output,) = Matrix.of([trunk.embedding.weight], None if weights == "int8" else weights, pack)
 
@@ -160,46 +176,94 @@ class _PaLMDecoder:
 
     def step(self, tokens: Tensor, positions: Tensor | None, cache: PaLMCache) -> Tensor:
         """Hidden states [B, D] after tokens [B, 1]."""
-        rows, trunk = len(tokens), self.trunk
+        trunk, run = self.trunk, _compiled() if self.compile else _run
         cache.cast(self.dtype)
         cache.reserve(1)
-        rope = [table.view(-1, 1, self.head_dim) for table in trunk.rope(tokens, None, positions, cache)]
-        place, end = cache.start + cache.length, cache.start + cache.length + 1
+        rope = [table.view(-1, 1, self.shape.head_dim) for table in trunk.rope(tokens, None, positions, cache)]
         bias = cache.bias_of(cache.length + 1)
-        bias = None if bias is None else bias[:, None, None]
         x = F.embedding(tokens[:, 0], trunk.embedding.weight).to(self.dtype)
-        width = x.shape[1:]
-        for layer, (keys, values) in zip(self.layers, cache.layers, strict=True):
-            fused = layer.entry(F.layer_norm(x, width, layer.norm, None, layer.eps))
-            q, k, v, gate, up = self.split(fused, layer, rope)
-            keys, values = keys[:rows], values[:rows]
-            keys[:, :, place], values[:, :, place] = k, v
-            # one query a row sees every slot: queries that share a key/value head become the rows of one product
-            attended = F.scaled_dot_product_attention(
-                q.reshape(rows, self.num_kv_heads, -1, self.head_dim),
-                keys[:, :, cache.start : end],
-                values[:, :, cache.start : end],
-                attn_mask=bias,
-            ).view(rows, -1)
-            x = _leave(layer, attended, gate, up, x)
+        place, window = cache.start + cache.length, slice(cache.start, cache.start + cache.length + 1)
+        used = [(k[: len(x)], v[: len(x)]) for k, v in cache.layers]
+        x = run(
+            self.shape,
+            self.layers,
+            x,
+            rope,
+            None if bias is None else bias[:, None, None],
+            [(k[:, :, place], v[:, :, place]) for k, v in used],
+            [(k[:, :, window], v[:, :, window]) for k, v in used],
+        )
         cache.length += 1
-        return F.layer_norm(x, width, self.norm, None, trunk.norm.eps)
+        return F.layer_norm(x, x.shape[1:], self.norm, None, trunk.norm.eps)
 
-    def split(self, fused: Tensor, layer: _Layer, rope: list[Tensor]) -> tuple[Tensor, ...]:
-        """q [B, H, Dh], k and v [B, K, Dh], normalised and rotated; the feed-forward's gate and up [B, F]."""
-        qk, v, gate, up = fused.split_with_sizes(self.sizes, 1)
-        if qk.stride(1) != 1:  # thin_linear's layout, which suits the feed-forward but not attention
-            qk, v = qk.contiguous(), v.contiguous()
-        qk, v = qk.view(len(qk), -1, self.head_dim), v.view(len(v), -1, self.head_dim)
-        heads = self.num_heads, self.num_kv_heads
-        if layer.q_norm is None and layer.k_norm is None and not self.xpos:
-            q, k = rotate(qk, *rope).split_with_sizes(heads, 1)
-        else:
-            q, k = qk.split_with_sizes(heads, 1)
-            if layer.q_norm is not None and layer.k_norm is not None:
-                q, k = layer.q_norm(q), layer.k_norm(k)
-            q, k = rotate(q, *rope[:2]), rotate(k, *rope[-2:])
-        return q, k, v, gate, up
+
+def _run(
+    shape: _Shape,
+    layers: list[_Layer],
+    x: Tensor,
+    rope: list[Tensor],
+    bias: Tensor | None,
+    new: list[tuple[Tensor, Tensor]],
+    seen: list[tuple[Tensor, Tensor]],
+) -> Tensor:
+    """All blocks for one token a row.
+
+    Args:
+        shape: sizes of the blocks.
+        layers: their weights.
+        x: [B, D].
+        rope: rows of the rotary tables, [B or 1, 1, Dh].
+        bias: [B, 1, 1, S] added to the scores.
+        new: where each block's new keys and values go, [B, K, Dh].
+        seen: all keys and values with these, [B, K, S, Dh].
+    """
+    for layer, places, (keys, values) in zip(layers, new, seen, strict=True):
+        fused = layer.entry(F.layer_norm(x, x.shape[1:], layer.norm, None, layer.eps))
+        q, k, v, gate, up = _split(shape, layer, fused, rope)
+        places[0].copy_(k)
+        places[1].copy_(v)
+        # one query a row sees every slot: queries that share a key/value head become the rows of one product
+        q = q.reshape(len(q), keys.shape[1], -1, shape.head_dim)
+        attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias).reshape(len(x), -1)
+        x = _leave(layer, attended, gate, up, x)
+    return x
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    """`_run` through `torch.compile`: once for a process, since weights are arguments; sizes are symbols.
+
+    Raises:
+        ValueError: there is no compiler.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ValueError(
+            "engine.compile: torch.compile needs a C++ compiler and finds none: install one (g++ or clang++), set CXX "
+            "to it, or leave compile out"
+        ) from error
+    return torch.compile(_run, dynamic=True)
+
+
+def _split(shape: _Shape, layer: _Layer, fused: Tensor, rope: list[Tensor]) -> tuple[Tensor, ...]:
+    """q [B, H, Dh], k and v [B, K, Dh], normalised and rotated; the feed-forward's gate and up [B, F]."""
+    qk, v, gate, up = fused.split_with_sizes(shape.sizes, 1)
+    if qk.stride(1) != 1:  # thin_linear's layout, which suits the feed-forward but not attention
+        qk, v = qk.contiguous(), v.contiguous()
+    qk, v = qk.view(len(qk), -1, shape.head_dim), v.view(len(v), -1, shape.head_dim)
+    heads = shape.num_heads, shape.num_kv_heads
+    if layer.q_norm is None and layer.k_norm is None and not shape.xpos:
+        q, k = rotate(qk, *rope).split_with_sizes(heads, 1)
+    else:
+        q, k = qk.split_with_sizes(heads, 1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = layer.q_norm(q), layer.k_norm(k)
+        q, k = rotate(q, *rope[:2]), rotate(k, *rope[-2:])
+    return q, k, v, gate, up
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""The comparisons with TRL and palm-rlhf-pytorch run, in their short form; what they measure is read by people."""
+"""The comparisons with TRL and palm-rlhf-pytorch run, in their short form; people read what they measure."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def test_the_short_form_measures_both_sides(name: str, crew: Crew) -> None:
     result = measure(job, crew)
     assert not result.failed and not result.left_out
     assert set(result.costs) == {side.name for side in job.sides}
+    assert result.differs() == ""
     assert all(len(costs) == job.repeats and min(costs) > 0 for costs in result.costs.values())
 
 

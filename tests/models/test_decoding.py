@@ -116,7 +116,7 @@ def test_matrices(rows: int) -> None:
     assert matrix_error(matrices.HalfMatrix(half), half, rows) < (0.3 if rows == 1 else 2e-5)
     assert matrix_error(matrices.CastMatrix(half), half, rows) < 0.3
     if matrices.packs():
-        assert matrix_error(matrices.PackedMatrix(weight), weight, rows) < 2e-5
+        assert matrix_error(matrices.FloatMatrix(weight.split((10, 30), 1)), weight, rows) < 2e-5
 
 
 def test_eight_bits() -> None:

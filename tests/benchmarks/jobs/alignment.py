@@ -88,7 +88,7 @@ def ppo(mode: Mode) -> Job:
     ]
     rows = [Row("PPO iteration float32, palm-rlhf-pytorch", "ours", (name,), ">= 20")]
     title = f"a PPO iteration, {shape['prompts']} prompts x {shape['new']} tokens, {shape['passes']} passes"
-    return Job("ppo", title, sides, rows, 1, process="fresh", once=True)
+    return Job("ppo", title, sides, rows, 1, process="fresh", once=True, same="steps")
 
 
 def dpo_memory(mode: Mode) -> Job:

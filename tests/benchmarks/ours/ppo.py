@@ -23,10 +23,13 @@ class PauseCollections(Callback):
     def __init__(self, pause: Callable[[], None]) -> None:
         self.pause = pause
         self.phases: dict[str, float] = {}
+        self.step = self.steps = 0
+        """Optimiser steps so far, and those of the last collection."""
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = trainer.callback_metrics
         self.phases = {name: float(value) for name, value in metrics.items() if name.startswith("time/")}
+        self.step, self.steps = trainer.global_step, trainer.global_step - self.step
         self.pause()
 
 
@@ -78,7 +81,7 @@ def ppo(
 
     def run() -> dict[str, Any]:
         steps()
-        return {"completions": prompts, **hooks[0].phases}
+        return {"completions": prompts, "steps": hooks[0].steps, **hooks[0].phases}
 
     run.close = steps.close  # type: ignore[attr-defined]
     return run

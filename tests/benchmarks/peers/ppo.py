@@ -40,7 +40,13 @@ def ppo(
         prompt_token_ids=token_ids(0, prompts, prompt), actor_lora=False, critic_lora=False,
         minibatch_size=minibatch, epochs=passes, accelerate_kwargs={"cpu": True},
     )  # fmt: skip
-    update, began, times = trainer.learn, 0.0, {}
+    update, step, began, times = trainer.learn, trainer.actor_optim.step, 0.0, {}
+    taken = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        return step(*args, **kwargs)
 
     def learn(memories: Any) -> None:
         times["rollout"] = (time.perf_counter() - began) * prompts / sampled
@@ -49,13 +55,14 @@ def ppo(
         update(rows)
         times["update"] = time.perf_counter() - start
 
-    trainer.learn = learn
+    trainer.learn, trainer.actor_optim.step = learn, counted
 
     def run() -> dict[str, Any]:
-        nonlocal began
-        began = time.perf_counter()
+        nonlocal began, taken
+        began, taken = time.perf_counter(), 0
         length = {"max_seq_len": prompt + new, "temperature": 1.0}
         trainer.train(num_episodes=1, max_timesteps=sampled, update_timesteps=sampled, **length)
-        return {"cost": times["rollout"] + times["update"], "completions": prompts, "sampled": sampled, **times}
+        parts = {"completions": prompts, "sampled": sampled, "steps": taken, **times}
+        return {"cost": times["rollout"] + times["update"], **parts}
 
     return run
