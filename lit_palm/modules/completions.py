@@ -29,17 +29,14 @@ Prompt = dict[str, Any]
 
 
 @torch.no_grad()
-def generate(
-    module: LitPolicy, prompts: Sequence[Prompt], rows: Tensor, stream: int, together: bool = False
-) -> Generation:
-    """What the engine samples for prompts.
+def generate(module: LitPolicy, prompts: Sequence[Prompt], rows: Tensor, stream: int) -> Generation:
+    """What the engine samples for prompts; by every process, and where an engine elsewhere fails on one, on all.
 
     Args:
         module: the policy with its engine.
-        prompts: one for each of `rows`.
+        prompts: one for each of `rows`; none, where this process has none.
         rows: [B] global row numbers, which with the seed and `stream` determine what is sampled.
         stream: number of the collection, or VALIDATION.
-        together: every process samples now: where an engine elsewhere fails on one, all fail.
 
     Raises:
         ValueError: a prompt does not fit.
@@ -48,25 +45,25 @@ def generate(
     tokenizer, policy = module.ready_tokenizer, cast(Network, module.network_of("policy"))
     apart = module.engine.apart
     failure: Exception | None = None
-    generation: Generation | None = None
+    generation = Generation([], [], [], [])
     try:
-        with nullcontext() if apart else sampling_from(policy):  # it has weights of its own
-            generation = module.engine.generate(
-                policy,
-                [p["prompt_ids"] for p in prompts],
-                module.sampling,
-                row_seeds(module.rollout.seed, stream, rows),
-                pad_id=tokenizer.pad_id,
-                eos_id=tokenizer.eos_id,
-                decode=tokenizer.decode,
-            )
+        if prompts:
+            with nullcontext() if apart else sampling_from(policy):  # one elsewhere has weights of its own
+                generation = module.engine.generate(
+                    policy,
+                    [p["prompt_ids"] for p in prompts],
+                    module.sampling,
+                    row_seeds(module.rollout.seed, stream, rows),
+                    pad_id=tokenizer.pad_id,
+                    eos_id=tokenizer.eos_id,
+                    decode=tokenizer.decode,
+                )
     except Exception as error:
-        if not (together and apart):
+        if not apart:
             raise
         failure = error
-    if together and apart:
+    if apart:
         raise_everywhere(module.layout, failure)
-    assert generation is not None
     return generation
 
 

@@ -39,6 +39,8 @@ def _evaluate(module: LitPolicy, batch: dict[str, Any]) -> list[dict[str, Any]]:
         }
         for i in real
     ]
+    rows = batch["row"][real]
+    generated = generate(module, prompts, rows, VALIDATION)
     if not prompts:
         return []
 
@@ -47,8 +49,7 @@ def _evaluate(module: LitPolicy, batch: dict[str, Any]) -> list[dict[str, Any]]:
         policy = rows["engine_logps"] if module.engine_agrees is True else module.policy_logps(rows)
         return {"difference": policy - module.reference_logps(rows)}
 
-    rows = batch["row"][real]
-    experience, scored = score(module, prompts, rows, generate(module, prompts, rows, VALIDATION))
+    experience, scored = score(module, prompts, rows, generated)
     annotate(experience, compute, module.rollout.batch_size, module.device)
     kl = experience["difference"].sum(1)
     rewards = experience.get("rewards", {})

@@ -19,10 +19,13 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from torch import Tensor, nn
 
 from lit_palm.data.tokenizers import tokenizer_from_dict
@@ -165,15 +168,20 @@ class Ahead:
         """What the thread does, with everything that it reads taken from the policy now."""
         module = self.module
         policy = cast(Network, module.network_of("policy"))
-        network = policy if module.engine.apart else _copy(policy, self._over)
+        apart = module.engine.apart
+        network = policy if apart else _copy(policy, self._over)
         tokenizer = tokenizer_from_dict(module.ready_tokenizer.to_dict())  # not shared with a thread that encodes
         seeds = row_seeds(module.rollout.seed, collection, rows)
         threads, engine, sampling = torch.get_num_threads(), module.engine, module.sampling
 
+        # an engine elsewhere does not run the network, which goes on changing meanwhile
+        numerics = nullcontext if apart else partial(_numerics, module.trainer.precision_plugin)
+        merged = nullcontext() if apart else sampling_from(network)
+
         def job() -> tuple[Generation, float]:
             torch.set_num_threads(threads)  # which is a thread's own setting, and may decide the last bits
             started = time.perf_counter()
-            with module.numerics(), sampling_from(network):
+            with numerics(), merged:
                 generation = engine.generate(
                     network,
                     ids,
@@ -223,6 +231,11 @@ def _run(job: Callable[[], tuple[Generation, float]], done: Future[tuple[Generat
         done.set_result(job())
     except BaseException as error:
         done.set_exception(error)
+
+
+def _numerics(plugin: Precision) -> AbstractContextManager[Any]:
+    """The precision of training for a thread beside it: autocast is a thread's own, the default dtype is everyone's."""
+    return plugin.forward_context() if isinstance(plugin, MixedPrecision) else nullcontext()
 
 
 def _copy(network: Network, over: threading.Event) -> Network:

@@ -176,7 +176,7 @@ class Rollouts:
             generation = None if number else self._ahead_of(collection, rows)
             fresh = generation is None
             if generation is None:
-                generation = generate(module, prompts, rows, collection, together=True)
+                generation = generate(module, prompts, rows, collection)
         if self.ahead is not None and not number:
             coming, rows_coming = self._mine(collection + 1, 0)
             self.ahead.start(collection + 1, rows_coming, [p["prompt_ids"] for p in coming])

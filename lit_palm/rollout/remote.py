@@ -42,10 +42,9 @@ class RemoteEngine(Engine):
 
     Args:
         url: of the server, as http://127.0.0.1:8000/v1.
+        weights_dir: a folder that the server can read under the same path.
         server: what it is: `lit-palm`, `vllm` or `sglang`.
         model: its name there; None: the only one that there is.
-        weights_dir: a folder that the server can read under the same path; None: the server keeps its weights, which is
-            for a policy that does not change.
         logprobs: what the server's log-probabilities are; None: what that kind of server gives unless started
             otherwise. vLLM's are `raw` (of a temperature of 1); started with --logprobs-mode processed_logprobs,
             `processed`.
@@ -64,9 +63,9 @@ class RemoteEngine(Engine):
     def __init__(
         self,
         url: str,
+        weights_dir: str,
         server: ServerName = "lit-palm",
         model: str | None = None,
-        weights_dir: str | None = None,
         logprobs: LogProbs | None = None,
         concurrency: int = 256,
         timeout: float = 600.0,
@@ -123,8 +122,6 @@ class RemoteEngine(Engine):
 
     def update(self, version: str, write: Callable[[str, Layout], None] | None) -> None:
         """Write the weights below `weights_dir`, have the server load them, and remove those before."""
-        if self.weights_dir is None:
-            return
         self.version = version
         if write is None:
             return

@@ -15,13 +15,16 @@ import random
 import socket
 import ssl
 import threading
+import time
 from typing import Any
 from urllib.parse import urlsplit
 
 __all__ = ["Client", "EngineError"]
 
-BUSY = (429, 502, 503, 504)
-"""Statuses that pass: the server has too much to do, is loading, or a proxy does not reach it."""
+FULL = 429
+"""The status of a server with too much to do."""
+NOT_READY = (502, 503, 504)
+"""Statuses that pass: the server is loading, or a proxy does not reach it."""
 MAX_BODY = 2**30
 """Most bytes of an answer that are read."""
 LONGEST_PAUSE = 30.0
@@ -38,8 +41,9 @@ class Client:
         url: its address, as `http://127.0.0.1:8000/v1`; the path counts for nothing but messages.
         api_key: sent as `Authorization: Bearer KEY`; None: not.
         timeout: seconds that an answer may take.
-        retries: how often a request is tried again after the connection failed or the server was busy; pauses double
-            from half a second up to half a minute, give or take a quarter.
+        retries: how often a request is tried again after the connection failed or the server was not ready; pauses
+            double from half a second up to half a minute, give or take a quarter. One that must queue (HTTP 429) is
+            tried for `timeout` seconds instead: the server is there, and works.
 
     Raises:
         ValueError: the URL is none of HTTP.
@@ -86,11 +90,13 @@ class Client:
             EngineError: it refuses the request, or every try failed.
         """
         data = None if body is None else json.dumps(body).encode()
-        why, after = "", None
-        for attempt in range(self.retries + 1):
-            if self._stopped.wait(self._pause(attempt, after) if attempt else 0):
+        why, after, failed, queued = "", None, 0, 0
+        patience = time.monotonic() + self.timeout
+        while failed <= self.retries:
+            if self._stopped.wait(self._pause(failed + queued, after) if failed + queued else 0):
                 raise EngineError(f"{self.url}: {method} {path} was cancelled{why and f' after {why}'}")
             after = None
+            failed += 1
             try:
                 status, after, text = self._once(method, path, data)
             except TimeoutError:
@@ -101,14 +107,16 @@ class Client:
             except (OSError, http.client.HTTPException) as error:
                 why = f"{type(error).__name__}: {str(error).strip() or 'the connection was closed'}"
                 continue
-            if status in BUSY:
+            if status in (FULL, *NOT_READY):
                 why = f"HTTP {status}: {_message(text)}"
+                if status == FULL and time.monotonic() < patience:
+                    failed, queued = failed - 1, queued + 1
                 continue
             if not 200 <= status < 300:
                 raise EngineError(self._refused(method, path, status, text))
             return self._parsed(path, text)
         raise EngineError(
-            f"{self.url}: {method} {path} was given up after {self.retries + 1} attempts ({why}): is the server "
+            f"{self.url}: {method} {path} was given up after {failed + queued} attempts ({why}): is the server "
             "running and reachable from here? Start it again and go on from the last checkpoint with --ckpt_path"
         )
 

@@ -97,15 +97,21 @@ class VLLMServer(Server):
         arguments = {"weights_path": folder, "is_checkpoint_format": True}
         try:
             client.post("/collective_rpc", {"method": "reload_weights", "kwargs": arguments})
-            client.post("/reset_prefix_cache", {})  # what it remembers of prompts is of the weights before
+            forgot = client.post("/reset_prefix_cache", {})  # what it remembers of prompts is of the weights before
         except EngineError as error:
             raise EngineError(
                 f"{error}; vLLM loads weights while it runs only when it was started with VLLM_SERVER_DEV_MODE=1"
             ) from error
+        if isinstance(forgot, dict) and forgot.get("success") is False:  # newer versions tell
+            raise EngineError(
+                f"{client.url}: vLLM kept what it remembers of prompts, which is of the weights before, because "
+                "requests are under way: give the trainer a server of its own"
+            )
 
 
 class SGLangServer(Server):
-    """`python -m sglang.launch_server --model-path FOLDER`, new enough for `return_token_ids` (July 2026)."""
+    """`python -m sglang.launch_server --model-path FOLDER`, new enough for `return_token_ids` (July 2026). It heeds
+    seeds when started with --enable-deterministic-inference."""
 
     logprobs = "tempered"
 

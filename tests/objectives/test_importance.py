@@ -25,7 +25,7 @@ def batch(seed: int = 0) -> tuple[Output, Experience]:
     old = -draw().abs()
     experience = Experience(
         tokens=torch.zeros(3, 6, dtype=torch.long), mask=torch.ones_like(mask), loss_mask=mask, old_logps=old,
-        rollout_logps=old + draw(0.5), advantages=draw(), returns=draw(), values=draw(), ref_logps=draw(),
+        rollout_logps=old + draw(0.8), advantages=draw(), returns=draw(), values=draw(), ref_logps=draw(),
     )  # fmt: skip
     logps = (old + draw(0.2)).requires_grad_()
     return Output(logps=logps, values=draw(), entropy=draw().abs()), experience

@@ -50,7 +50,7 @@ def generate(engine: RemoteEngine, network: Any, count: int = 3, **sampling: Any
 def test_requests_are_in_the_servers_own_terms(server: Any, network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", "secret")
     with fake_server(lambda path, body: (200, choices(body))) as (url, seen):
-        engine = RemoteEngine(f"{url}/v1", server, "m", api_key_variable="MY_KEY")
+        engine = RemoteEngine(f"{url}/v1", "w", server, "m", api_key_variable="MY_KEY")
         found = generate(engine, network, top_k=7, min_p=0.1, repetition_penalty=1.2, stop=["ab"], min_new_tokens=2)
     assert [c.tolist() for c in found.completions] == [[5] * 4, [6] * 4, [7] * 4]  # each row has its own
     assert found.finish_reason == ["length"] * 3 and found.ended == [False] * 3
@@ -74,7 +74,7 @@ def test_ends_are_told_apart(network: Any) -> None:
     for reason, (ids, said, stop) in ends.items():
         told = {"token_ids": ids, "finish_reason": said, "logprobs": {"token_logprobs": [-1.0] * len(ids)}}
         with fake_server(lambda path, body, told=told: (200, choices(body, **told))) as (url, _):
-            found = generate(RemoteEngine(url, model="m"), network, 1, stop=stop)
+            found = generate(RemoteEngine(url, "w", model="m"), network, 1, stop=stop)
         assert found.finish_reason == [reason] and found.ended == [reason != "length"]
 
 
@@ -84,12 +84,12 @@ def test_the_only_model_is_found(network: Any) -> None:
         return lambda path, body: (200, models if path == "/v1/models" else choices(body))
 
     with fake_server(answer(["tiny"])) as (url, seen):
-        engine = RemoteEngine(url)
+        engine = RemoteEngine(url, "w")
         generate(engine, network), generate(engine, network)
     assert [path for path, _ in seen] == ["/v1/models", "/v1/completions", "/v1/completions"]
     assert all(body["model"] == "tiny" for path, body in seen if path == "/v1/completions")
     with fake_server(answer(["a", "b"])) as (url, _), pytest.raises(EngineError, match="models a, b: say which"):
-        generate(RemoteEngine(url), network)
+        generate(RemoteEngine(url, "w"), network)
 
 
 # ------------------------------------------------------------------------------------------ answers that are wrong
@@ -117,7 +117,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 def test_a_wrong_answer_is_named(wrong: dict[str, Any], told: str, network: Any) -> None:
     answer = fake_server(lambda path, body: (200, choices(body, **wrong)))
     with answer as (url, _), pytest.raises(EngineError, match=told) as caught:
-        generate(RemoteEngine(url, model="m"), network)
+        generate(RemoteEngine(url, "w", model="m"), network)
     assert url in str(caught.value)
 
 
@@ -133,7 +133,7 @@ def test_a_wrong_answer_is_named(wrong: dict[str, Any], told: str, network: Any)
 )
 def test_a_refusal_is_told_at_once(status: int, body: Any, told: str, network: Any) -> None:
     with fake_server(lambda path, asked: (status, body)) as (url, seen), pytest.raises(EngineError, match=told):
-        generate(RemoteEngine(url, model="m", server="vllm", concurrency=1), network, 1)
+        generate(RemoteEngine(url, "w", model="m", server="vllm", concurrency=1), network, 1)
     assert len(seen) == 1
 
 
@@ -142,18 +142,26 @@ def test_a_refusal_is_told_at_once(status: int, body: Any, told: str, network: A
 
 def test_a_busy_server_is_asked_again(network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Client, "_pause", lambda self, attempt, after: 0.01)
-    left = [503, 429, 502]
+    left = [503, 429, 429, 502]
 
     def answer(path: str, body: dict[str, Any]) -> tuple[int, Any]:
         return (left.pop(), {"error": "busy"}) if left else (200, choices(body))
 
     with fake_server(answer) as (url, seen):
-        assert len(generate(RemoteEngine(url, model="m"), network).completions) == 3
-    assert len(seen) == 4
+        assert len(generate(RemoteEngine(url, "w", model="m"), network).completions) == 3
+    assert len(seen) == 5
     left[:] = [503] * 9
     with fake_server(answer) as (url, seen), pytest.raises(EngineError, match=r"after 3 attempts \(HTTP 503: busy\)"):
-        generate(RemoteEngine(url, model="m", retries=2), network)
+        generate(RemoteEngine(url, "w", model="m", retries=2), network)
     assert len(seen) == 3
+    # a queue that is full is waited for as long as an answer may take
+    left[:] = [429] * 9
+    with fake_server(answer) as (url, seen):
+        assert len(generate(RemoteEngine(url, "w", model="m", retries=0), network).completions) == 3
+    left[:] = [429] * 10**6
+    with fake_server(answer) as (url, seen), pytest.raises(EngineError, match=r"HTTP 429: busy"):
+        generate(RemoteEngine(url, "w", model="m", retries=0, timeout=0.3), network)
+    assert len(seen) > 3
 
 
 def test_pauses_double_and_heed_the_server() -> None:
@@ -166,7 +174,7 @@ def test_pauses_double_and_heed_the_server() -> None:
 def test_nobody_there_and_no_answer_in_time(network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Client, "_pause", lambda self, attempt, after: 0.0)
     with pytest.raises(EngineError, match=r"http://127.0.0.1:9: .* given up after 2 attempts .*--ckpt_path"):
-        generate(RemoteEngine("http://127.0.0.1:9", model="m", retries=1), network)
+        generate(RemoteEngine("http://127.0.0.1:9", "w", model="m", retries=1), network)
     release = threading.Event()
 
     def slow(path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -175,9 +183,9 @@ def test_nobody_there_and_no_answer_in_time(network: Any, monkeypatch: pytest.Mo
 
     with fake_server(slow) as (url, _):
         with pytest.raises(EngineError, match=r"no answer within 0\.2 s"):
-            generate(RemoteEngine(url, model="m", retries=0, timeout=0.2), network)
+            generate(RemoteEngine(url, "w", model="m", retries=0, timeout=0.2), network)
         # a call in another thread ends when it is cancelled, long before its answer
-        engine, failed = RemoteEngine(url, model="m"), []
+        engine, failed = RemoteEngine(url, "w", model="m"), []
 
         def run() -> None:
             try:
@@ -202,7 +210,7 @@ def test_many_rows_are_asked_for_at_once(network: Any) -> None:
 
     with fake_server(slow) as (url, _):
         started = time.monotonic()
-        generate(RemoteEngine(url, "vllm", "m"), network, 20)
+        generate(RemoteEngine(url, "w", "vllm", "m"), network, 20)
         assert time.monotonic() - started < 2  # one after the other would be 4 seconds
 
 
@@ -223,12 +231,12 @@ def test_many_rows_are_asked_for_at_once(network: Any) -> None:
 )
 def test_arguments_are_checked(arguments: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        RemoteEngine(**{"url": "http://127.0.0.1:1", **arguments})
+        RemoteEngine(**{"url": "http://127.0.0.1:1", "weights_dir": "w", **arguments})
 
 
 def test_log_probabilities_that_training_does_not_compute_are_refused() -> None:
     def check(server: Any, logprobs: Any = None, **sampling: Any) -> None:
-        RemoteEngine("http://127.0.0.1:1", server, logprobs=logprobs).check(Sampling(**sampling))
+        RemoteEngine("http://127.0.0.1:1", "w", server, logprobs=logprobs).check(Sampling(**sampling))
 
     check("vllm", temperature=1.0, top_p=0.9)
     check("vllm", "processed", temperature=0.7)
@@ -258,7 +266,7 @@ def test_weights_are_told_of_in_the_servers_own_terms(tmp_path: Path) -> None:
         place.mkdir()
         ok = {"success": True, "weight_version": "3-a"}
         with fake_server(lambda path, body, ok=ok: (200, ok)) as (url, seen):
-            engine = RemoteEngine(url, server, "m", weights_dir=str(place))  # type: ignore[arg-type]
+            engine = RemoteEngine(url, str(place), server, "m")  # type: ignore[arg-type]
             engine.update("3-a", write)
             folder = str(place / "3-a")
             assert [path for path, _ in seen] == [path for path, _ in expected]
@@ -282,8 +290,9 @@ def test_a_server_that_does_not_take_the_weights_is_an_error(tmp_path: Path) -> 
         ("lit-palm", (200, {"weight_version": "2-b"}), "was given the weights 1-a"),
         ("sglang", (200, {"success": False, "message": "no memory"}), "no memory"),
         ("vllm", (404, {"detail": "Not Found"}), "VLLM_SERVER_DEV_MODE=1"),
+        ("vllm", (200, {"success": False}), "kept what it remembers"),
     ):
         with fake_server(lambda path, body, answer=answer: answer) as (url, _):
-            engine = RemoteEngine(url, server, "m", weights_dir=str(tmp_path))  # type: ignore[arg-type]
+            engine = RemoteEngine(url, str(tmp_path), server, "m")  # type: ignore[arg-type]
             with pytest.raises(EngineError, match=match):
                 engine.update("1-a", write)
