@@ -89,7 +89,6 @@ class RemoteEngine(Engine):
         self._name = model
         self._running: Client | None = None
         self._lock = threading.Lock()
-        self._written: list[Path] = []
 
     def _client(self) -> Client:
         return Client(self.url, os.environ.get(self.api_key_variable), self.timeout, self.retries)
@@ -121,16 +120,16 @@ class RemoteEngine(Engine):
             )
 
     def update(self, version: str, write: Callable[[str, Layout], None] | None) -> None:
-        """Write the weights below `weights_dir`, have the server load them, and remove those before."""
+        """Write the weights below `weights_dir`, have the server load them, and remove the files."""
         self.version = version
         if write is None:
             return
         folder = Path(self.weights_dir).absolute() / version
-        write(str(folder), self._kind.layout)
-        self._written.append(folder)
-        self._kind.load(self._client(), str(folder), version)
-        while len(self._written) > 1:  # the server has read what it needs
-            shutil.rmtree(self._written.pop(0), ignore_errors=True)
+        try:
+            write(str(folder), self._kind.layout)
+            self._kind.load(self._client(), str(folder), version)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def cancel(self) -> None:
         """Have a call of `generate` in another thread end soon, with an error."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from lit_palm.cli import main
 from lit_palm.rollout.remote import RemoteEngine
@@ -84,9 +83,7 @@ def test_it_trains_as_with_the_built_in_engine(
     assert float(moved) > 0.1, "the weights must have moved for this to tell anything"
     # weights of 1 within rounding, which AdamW's first steps enlarge
     assert apart(trained(here), trained(there)) < 1e-2
-    # what lies in the folder is what the last collection was sampled from, and nothing else
-    (folder,) = (tmp_path / "weights").iterdir()
-    assert folder.name.startswith("8-") and load_file(folder / "model.safetensors")
+    assert not list((tmp_path / "weights").iterdir()), "what the server has read is removed"
 
 
 def test_a_server_that_dies_is_one_clear_error_and_the_run_goes_on(

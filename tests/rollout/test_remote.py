@@ -264,8 +264,15 @@ def test_weights_are_told_of_in_the_servers_own_terms(tmp_path: Path) -> None:
     for server, expected in told.items():
         place = tmp_path / server
         place.mkdir()
-        ok = {"success": True, "weight_version": "3-a"}
-        with fake_server(lambda path, body, ok=ok: (200, ok)) as (url, seen):
+        ok: dict[str, Any] = {"success": True, "weight_version": "3-a"}
+        lying: list[list[str]] = []
+
+        def answer(path: str, body: Any, ok: Any = ok, lying: Any = lying, place: Path = place) -> tuple[int, Any]:
+            lying.append([f"{p.parent.name}/{p.name}" for p in place.glob("*/*")])
+            return 200, ok
+
+        layout = "lit-palm" if server == "lit-palm" else "huggingface"
+        with fake_server(answer) as (url, seen):
             engine = RemoteEngine(url, str(place), server, "m")  # type: ignore[arg-type]
             engine.update("3-a", write)
             folder = str(place / "3-a")
@@ -274,12 +281,13 @@ def test_weights_are_told_of_in_the_servers_own_terms(tmp_path: Path) -> None:
                 assert fields.items() <= body.items()
             first = seen[0][1]
             assert folder == (first["kwargs"]["weights_path"] if server == "vllm" else first["model_path"])
-            assert [p.name for p in Path(folder).iterdir()] == ["lit-palm" if server == "lit-palm" else "huggingface"]
             ok["weight_version"] = "4-a"
             engine.update("4-a", write)
-            assert [p.name for p in place.iterdir()] == ["4-a"], "what the server has read is removed"
+            assert [lying[0], lying[-1]] == [[f"3-a/{layout}"], [f"4-a/{layout}"]]
+            assert not list(place.iterdir()), "what the server has read is removed"
+            count = len(seen)
             engine.update("5-a", None)  # another process: it only takes note
-            assert engine.version == "5-a" and len(list(place.iterdir())) == 1
+            assert engine.version == "5-a" and len(seen) == count
 
 
 def test_a_server_that_does_not_take_the_weights_is_an_error(tmp_path: Path) -> None:
