@@ -76,8 +76,10 @@ def main(argv: Sequence[str]) -> int:
     if api_key == "":
         raise ValueError("--api_key is empty: give a key, or leave it out")
     if args.weight_updates is not None:
-        if not os.path.isdir(args.weight_updates):
-            raise ValueError(f"--weight_updates {args.weight_updates}: is no folder; make it first")
+        try:
+            os.makedirs(args.weight_updates, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--weight_updates {args.weight_updates}: is no folder ({error.strerror})") from error
         if args.host not in LOOPBACK and api_key is None:
             raise ValueError(
                 f"--weight_updates lets whoever reaches {args.host} change the network: give --api_key, or leave out "

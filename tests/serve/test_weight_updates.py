@@ -189,5 +189,6 @@ def test_it_is_off_unless_asked_for(start: Callable[..., Server], folder: Path) 
 def test_it_is_for_this_machine_or_needs_a_key(checkpoint: Path, folder: Path) -> None:
     with pytest.raises(ValueError, match="give --api_key"):
         main([str(checkpoint), "--weight_updates", str(folder), "--host", "0.0.0.0"])
+    (folder / "file").touch()
     with pytest.raises(ValueError, match="is no folder"):
-        main([str(checkpoint), "--weight_updates", str(folder / "not")])
+        main([str(checkpoint), "--weight_updates", str(folder / "file")])
