@@ -262,7 +262,7 @@ class Scheduler:
                 self.seen[row, [*handle.prompt, *handle.tokens]] = True
         if any(h.sampling.counted for h in rows):
             assert size is not None
-            self.counts = torch.zeros(len(rows), size, device=device)
+            self.counts = torch.zeros(len(rows), size, dtype=torch.float32, device=device)
             for row, handle in enumerate(rows):
                 if handle.sampling.counted and handle.tokens:
                     tokens = torch.tensor(handle.tokens, device=device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -9,14 +11,31 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
 
 from lit_palm.callbacks import LastCheckpoint
+from lit_palm.data.tokenizers import ByteTokenizer
+from lit_palm.models.adapted import AdaptedNetwork
+from lit_palm.models.lora import LoRA
 from lit_palm.modules import overlap
 from lit_palm.modules.overlap import Ahead
+from lit_palm.rollout.continuous_engine import ContinuousEngine
 from lit_palm.rollout.engine import CachedEngine
 from lit_palm.rollout.engine_base import Generation
-from lit_palm.rollout.sampling import row_seeds
-from tests.support import apart, everything, policy, prompt_data, recorded, same, trainer, weights
+from lit_palm.rollout.sampling import Sampling, row_seeds
+from tests.support import (
+    apart,
+    config,
+    everything,
+    language_model,
+    policy,
+    prompt_data,
+    recorded,
+    same,
+    text_data,
+    trainer,
+    weights,
+)
 
 STEPS = 4
 """Of a collection of `policy`."""
@@ -195,8 +214,6 @@ def test_nothing_goes_on_when_the_run_is_over(tmp_path: Path) -> None:
 
 
 def test_what_is_given_up_ends_in_the_middle_of_a_completion() -> None:
-    import threading
-
     module, over = policy(), threading.Event()
     module.network.vocab_size = 300
     network = module.network.build()
@@ -213,12 +230,6 @@ def test_what_is_given_up_ends_in_the_middle_of_a_completion() -> None:
 
 def test_a_copy_with_an_adapter_samples_alike_while_the_original_changes() -> None:
     pytest.importorskip("peft")
-    import threading
-
-    from lit_palm.models.adapted import AdaptedNetwork
-    from lit_palm.models.lora import LoRA
-    from tests.support import config
-
     shared = AdaptedNetwork(config(vocab_size=40).build(), {"policy": LoRA(rank=2)}, trained=["policy"])
     shared.to_empty(device=torch.device("cpu"))
     with torch.no_grad():
@@ -245,3 +256,57 @@ def test_settings_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(overlap, "is_sharded", lambda network: True)
     with pytest.raises(ValueError, match="needs the whole policy on every process"):
         trainer(tmp_path, max_epochs=1).fit(asynchronous(), datamodule=prompt_data(tmp_path))
+
+
+class Elsewhere(CachedEngine):
+    """Has weights of its own, takes its time, and looks at those that are trained meanwhile."""
+
+    apart = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own: Any = None
+        self.merged: list[bool] = []
+
+    def update(self, version: str, write: Any) -> None:
+        self.own = None
+
+    def generate(self, network: Any, *args: Any, **options: Any) -> Generation:
+        self.own = self.own or copy.deepcopy(network)
+        self.merged.append(network.adapted.merged_role is not None)
+        return super().generate(self.own, *args, **options)
+
+
+def test_an_engine_elsewhere_leaves_an_adapter_that_is_trained_alone(tmp_path: Path) -> None:
+    """With merge_to_sample, a thread beside training must not put it into the matrices that training reads."""
+    pytest.importorskip("peft")
+    start = language_model(network=config())
+    trainer(tmp_path, max_steps=1, callbacks=[LastCheckpoint(str(tmp_path / "start"))]).fit(
+        start, datamodule=text_data(tmp_path / "data", tokenizer=ByteTokenizer())
+    )
+    engine = Elsewhere()
+    lora = LoRA(rank=2, merge_to_sample=True)
+    module = asynchronous(engine=engine, network=str(tmp_path / "start" / "last.ckpt"), lora=lora, value_lr=None)
+    trainer(tmp_path, max_epochs=2).fit(module, datamodule=prompt_data(tmp_path, validation=None))
+    assert len(engine.merged) >= 3 and not any(engine.merged)
+
+
+@pytest.mark.parametrize("engine", [CachedEngine(), ContinuousEngine(max_batch_size=2)])
+def test_the_default_dtype_is_left_alone_and_decides_nothing(engine: Any) -> None:
+    """It belongs to all threads: under bf16-true training changes it at any time."""
+    network = config(vocab_size=263).build().to(torch.bfloat16).eval()
+    prompts, seeds = [torch.tensor([5, 6]), torch.tensor([7, 8, 9])], torch.tensor([1, 2])
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            with overlap._numerics(HalfPrecision("bf16-true")):
+                assert torch.get_default_dtype() == dtype
+                found.append(engine.generate(network, prompts, Sampling(max_new_tokens=6), seeds, pad_id=0, eos_id=1))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for name in ("completions", "logps"):
+        one, other = (getattr(generation, name) for generation in found)
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    with overlap._numerics(MixedPrecision("bf16-mixed", "cpu")):
+        assert torch.is_autocast_enabled("cpu")
