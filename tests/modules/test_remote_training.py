@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lit_palm.cli import main
-from lit_palm.rollout.remote import RemoteEngine
+from lit_palm.modules.rollouts import Rollouts
 from tests.modules.remote_runs import remote, start_checkpoint, trained, write_run
 from tests.serve.conftest import Server
 from tests.support import apart
@@ -26,13 +26,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return start_checkpoint(tmp_path_factory.mktemp("start"))
 
 
-@pytest.fixture
-def serve(checkpoint: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    running: list[Server] = []
-    (tmp_path / "weights").mkdir()
+@pytest.fixture(scope="module")
+def weights_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("weights")
 
-    def begin(*arguments: str, **environment: str) -> Server:
-        running.append(Server(checkpoint, "--weight_updates", str(tmp_path / "weights"), *arguments, **environment))
+
+@pytest.fixture(scope="module")
+def serve(checkpoint: Path, weights_dir: Path) -> Iterator[Callable[[], Server]]:
+    running: list[Server] = []
+
+    def begin() -> Server:
+        running.append(Server(checkpoint, "--weight_updates", str(weights_dir)))
         return running[-1]
 
     yield begin
@@ -40,11 +44,14 @@ def serve(checkpoint: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]:
         server.kill()
 
 
+@pytest.fixture(scope="module")
+def server(serve: Callable[[], Server]) -> Server:
+    return serve()
+
+
 @pytest.fixture
 def sampled(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What every collection held before `prepare`, and its metrics."""
-    from lit_palm.modules.rollouts import Rollouts
-
     found: list[dict[str, Any]] = []
     settle = Rollouts._settle_logps
 
@@ -61,7 +68,7 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def test_it_trains_as_with_the_built_in_engine(
-    checkpoint: Path, serve: Callable[..., Server], sampled: list[dict[str, Any]], tmp_path: Path
+    checkpoint: Path, server: Server, weights_dir: Path, sampled: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     """The same seeds give the same tokens, sampled from the weights as they are after every update."""
     here, there = tmp_path / "here", tmp_path / "there"
@@ -69,8 +76,7 @@ def test_it_trains_as_with_the_built_in_engine(
     built_in = write_run(here, checkpoint, None)
     assert main(["fit", f"--config={built_in}"]) == 0
     own, sampled[:] = list(sampled), []
-    server = serve()
-    assert main(["fit", f"--config={write_run(there, checkpoint, remote(server.url, tmp_path / 'weights'))}"]) == 0
+    assert main(["fit", f"--config={write_run(there, checkpoint, remote(server.url, weights_dir))}"]) == 0
     assert len(own) == len(sampled) == 3
     for one, other in zip(own, sampled, strict=True):
         assert torch.equal(one["tokens"], other["tokens"])
@@ -83,45 +89,43 @@ def test_it_trains_as_with_the_built_in_engine(
     assert float(moved) > 0.1, "the weights must have moved for this to tell anything"
     # weights of 1 within rounding, which AdamW's first steps enlarge
     assert apart(trained(here), trained(there)) < 1e-2
-    assert not list((tmp_path / "weights").iterdir()), "what the server has read is removed"
+    assert not list(weights_dir.iterdir()), "what the server has read is removed"
 
 
 def test_a_server_that_dies_is_one_clear_error_and_the_run_goes_on(
-    checkpoint: Path, serve: Callable[..., Server], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path,
+    server: Server,
+    serve: Callable[[], Server],
+    weights_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    server = serve()
-    assert main(["fit", f"--config={write_run(whole, checkpoint, remote(server.url, tmp_path / 'weights'))}"]) == 0
-    part = tmp_path / "part"
-    part.mkdir()
-    engine = remote(server.url, tmp_path / "weights")
-    short = write_run(part, checkpoint, engine, trainer={"max_epochs": 1})
-    assert main(["fit", f"--config={short}"]) == 0
-    server.end(signal.SIGKILL)
-    path = write_run(part, checkpoint, engine)
-    resume = f"--ckpt_path={part / 'run' / 'last.ckpt'}"
-    capsys.readouterr()
-    assert main(["fit", f"--config={path}", resume]) == 2
+    """Killed in the middle of a run; a new one at another port, with the weights it starts with, takes its place."""
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    whole.mkdir(), part.mkdir()
+    assert main(["fit", f"--config={write_run(whole, checkpoint, remote(server.url, weights_dir))}"]) == 0
+    last = {"class_path": "lit_palm.callbacks.LastCheckpoint"}
+    last["init_args"] = {"dirpath": str(part / "run"), "every_n_steps": 3}  # type: ignore[assignment]
+
+    def config(at: Server) -> str:
+        path = write_run(part, checkpoint, remote(at.url, weights_dir), trainer={"callbacks": [last]})
+        return f"--config={path}"
+
+    collect = Rollouts.collect
+
+    def dies(self: Rollouts, collection: int) -> Any:
+        if collection == 2:
+            server.end(signal.SIGKILL)
+        return collect(self, collection)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Rollouts, "collect", dies)
+        capsys.readouterr()
+        assert main(["fit", config(server)]) == 2
     said = capsys.readouterr().err
     assert server.url in said and "--ckpt_path" in said and "Traceback" not in said
-    # the server comes back at another port, with the weights it was first started with
-    again = serve()
-    path = write_run(part, checkpoint, remote(again.url, tmp_path / "weights"))
-    assert main(["fit", f"--config={path}", resume]) == 0
+    saved = part / "run" / "last.ckpt"
+    assert torch.load(saved, weights_only=True)["global_step"] == 6, "in the middle of the second collection"
+    assert main(["fit", config(serve()), f"--ckpt_path={saved}"]) == 0
     assert apart(trained(whole), trained(part)) < 1e-6
-
-
-def test_a_server_that_was_started_anew_is_found_out(
-    checkpoint: Path, serve: Callable[..., Server], tmp_path: Path
-) -> None:
-    from lit_palm.modules.weights import load_network
-    from lit_palm.rollout.sampling import Sampling
-
-    network: Any = load_network(checkpoint)
-    server = serve()
-    engine = RemoteEngine(f"{server.url}/v1", weights_dir=str(tmp_path / "weights"), retries=0)
-    engine.version = "12-abc"
-    arguments: Any = (network, [torch.tensor([5, 6])], Sampling(max_new_tokens=2), torch.tensor([1]))
-    with pytest.raises(RuntimeError, match="come from the weights None, the trainer handed over '12-abc'"):
-        engine.generate(*arguments, pad_id=0, eos_id=1)

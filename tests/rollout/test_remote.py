@@ -304,3 +304,20 @@ def test_a_server_that_does_not_take_the_weights_is_an_error(tmp_path: Path) -> 
             engine = RemoteEngine(url, str(tmp_path), server, "m")  # type: ignore[arg-type]
             with pytest.raises(EngineError, match=match):
                 engine.update("1-a", write)
+
+
+def test_completions_from_other_weights_are_refused(network: Any) -> None:
+    """As from a server that was started anew: it would give off-policy samples without a word."""
+    told: dict[str, Any] = {}
+    with fake_server(lambda path, body: (200, {**choices(body), **told})) as (url, _):
+        engine = RemoteEngine(url, "w", model="m")
+        generate(engine, network)
+        engine.version = "12-abc"
+        for version in (None, "8-abc"):
+            told["weights_version"] = version
+            with pytest.raises(
+                EngineError, match=f"come from the weights {version!r}, the trainer handed over '12-abc'"
+            ):
+                generate(engine, network)
+        told["weights_version"] = "12-abc"
+        generate(engine, network)
