@@ -42,12 +42,12 @@ def generate(module: LitPolicy, prompts: Sequence[Prompt], rows: Tensor, stream:
         ValueError: a prompt does not fit.
         RuntimeError: an engine elsewhere does not answer.
     """
-    tokenizer, policy = module.ready_tokenizer, cast(Network, module.network_of("policy"))
     apart = module.engine.apart
     failure: Exception | None = None
     generation = Generation([], [], [], [])
     try:
         if prompts:
+            tokenizer, policy = module.ready_tokenizer, cast(Network, module.network_of("policy"))
             with nullcontext() if apart else sampling_from(policy):  # one elsewhere has weights of its own
                 generation = module.engine.generate(
                     policy,

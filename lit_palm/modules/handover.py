@@ -70,8 +70,10 @@ class Handover:
             RuntimeError: the engine does not take them; on every process.
         """
         module, engine = self.module, self.module.engine
+        if not engine.apart:
+            return
         step = module.trainer.global_step
-        if not engine.apart or (self.version is not None and self._step == step):
+        if self.version is not None and self._step == step:
             return
         layout = module.layout
         if isinstance(layout.strategy, ModelParallelStrategy) and layout.strategy.world_size > layout.size:
