@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lit_palm.convert.card import adapter_card
 from lit_palm.convert.chosen import Chosen
-from lit_palm.convert.cohere import cohere_architecture, fused_parts, scalar_head
 from lit_palm.convert.folder import new_folder
 from lit_palm.convert.tokenizer_files import write_tokenizer
+from lit_palm.foreign.as_cohere import cohere_architecture, fused_parts, scalar_head
 from lit_palm.foreign.cohere import interleaved
 from lit_palm.models.base import NetworkConfig
 from lit_palm.models.palm import PaLMConfig

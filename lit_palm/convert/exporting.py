@@ -24,16 +24,16 @@ from torch import Tensor
 
 from lit_palm.convert.card import model_card
 from lit_palm.convert.chosen import choose
-from lit_palm.convert.cohere import CLASSIFIER, cohere_architecture, cohere_weights, scalar_head
 from lit_palm.convert.folder import new_folder
-from lit_palm.convert.huggingface import huggingface_model
-from lit_palm.convert.shards import parse_size, write_shards
 from lit_palm.convert.tokenizer_files import write_tokenizer
 from lit_palm.data.tokenizers import Tokenizer
+from lit_palm.foreign.as_cohere import CLASSIFIER, cohere_architecture, cohere_weights, scalar_head
+from lit_palm.foreign.as_huggingface import huggingface_model
 from lit_palm.foreign.network import Weights
 from lit_palm.models.base import NetworkConfig
 from lit_palm.models.palm import PaLMConfig
 from lit_palm.modules.checkpoint import Checkpoint, Role, export_folder
+from lit_palm.modules.shards import parse_size, write_shards
 from lit_palm.modules.storage import is_local
 from lit_palm.modules.whole import WholeWeights
 from lit_palm.version import __version__

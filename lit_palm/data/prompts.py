@@ -159,6 +159,15 @@ class PromptData(TokenizedData):
             self._rollouts.restore(self._rollout_state)
             self._rollout_state = {}
 
+    def teardown(self, stage: str) -> None:
+        super().teardown(stage)
+        self.on_exception(None)
+
+    def on_exception(self, exception: BaseException | None) -> None:
+        """Nothing goes on being sampled for a run that is over."""
+        if self._rollouts is not None:
+            self._rollouts.close()
+
     def arguments(self) -> dict[str, Any]:
         return {}
 

@@ -12,6 +12,9 @@ from lit_palm.modules.checkpoint import FORMAT
 from lit_palm.modules.origin import class_path, differences
 from lit_palm.objectives.base import Kind, Need, Objective
 from lit_palm.parallel.sharded import bare
+from lit_palm.rollout.collector import RolloutConfig
+from lit_palm.rollout.engine_base import Engine
+from lit_palm.rollout.sampling import Sampling
 
 __all__ = [
     "check_extras",
@@ -21,6 +24,7 @@ __all__ = [
     "check_resumable",
     "check_rewards",
     "check_same_run",
+    "check_sampling",
     "config_of",
     "language_model_of",
 ]
@@ -264,3 +268,19 @@ def _check_lora(role: str, there: dict[str, Any] | None, here: dict[str, Any] | 
             raise ValueError(
                 f"the checkpoint to resume has lora.{key} {there[key]!r} in its {role}, the configuration {here[key]!r}"
             )
+
+
+def check_sampling(engine: Engine, sampling: Sampling, rollout: RolloutConfig, objective: Objective) -> bool:
+    """Whether completions come from other kernels or older weights than those trained; the objective is told.
+
+    Raises:
+        ValueError: nothing could be learned from the samples, or the engine cannot keep to the settings.
+    """
+    samples = "rollouts" in objective.needs
+    if samples and sampling.temperature <= 0:
+        raise ValueError("sampling.temperature must be positive to learn from samples; 1.0 is usual")
+    engine.check(sampling)
+    elsewhere = samples and (engine.apart or rollout.asynchronous)
+    if elsewhere:
+        objective.sampled_elsewhere()
+    return elsewhere

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lit_palm.modules.rollouts import VALIDATION, sample
+from lit_palm.modules.completions import generate, score
+from lit_palm.modules.rollouts import VALIDATION
 from lit_palm.rollout.collector import annotate
 from lit_palm.types import Experience
 
@@ -21,6 +22,9 @@ __all__ = ["evaluate_prompts", "means_of_rows"]
 @torch.no_grad()
 def evaluate_prompts(module: LitPolicy, batch: dict[str, Any]) -> list[dict[str, Any]]:
     """Continue a batch of prompts with seeds of their own; rows of text, length, divergence and rewards."""
+    if module.rollouts is not None and module.rollouts.ahead is not None and module.engine.apart:
+        module.rollouts.ahead.wait()  # an engine elsewhere has one set of weights at a time
+    module.handover()
     with module.uneven_passes():  # by every process, also by one that has nothing but fillers
         return _evaluate(module, batch)
 
@@ -35,6 +39,8 @@ def _evaluate(module: LitPolicy, batch: dict[str, Any]) -> list[dict[str, Any]]:
         }
         for i in real
     ]
+    rows = batch["row"][real]
+    generated = generate(module, prompts, rows, VALIDATION)
     if not prompts:
         return []
 
@@ -43,7 +49,7 @@ def _evaluate(module: LitPolicy, batch: dict[str, Any]) -> list[dict[str, Any]]:
         policy = rows["engine_logps"] if module.engine_agrees is True else module.policy_logps(rows)
         return {"difference": policy - module.reference_logps(rows)}
 
-    experience, scored = sample(module, prompts, batch["row"][real], VALIDATION)
+    experience, scored = score(module, prompts, rows, generated)
     annotate(experience, compute, module.rollout.batch_size, module.device)
     kl = experience["difference"].sum(1)
     rewards = experience.get("rewards", {})

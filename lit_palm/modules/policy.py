@@ -15,8 +15,9 @@ from lit_palm.models.adapted import is_view
 from lit_palm.models.base import Network, NetworkConfig
 from lit_palm.models.lora import LoRA
 from lit_palm.modules.checkpoint import Role
-from lit_palm.modules.compatibility import check_reference, check_rewards
+from lit_palm.modules.compatibility import check_reference, check_rewards, check_sampling
 from lit_palm.modules.evaluation import evaluate_prompts, means_of_rows
+from lit_palm.modules.handover import Handover
 from lit_palm.modules.host import LitModule, default_optimizer
 from lit_palm.modules.language_model import language_model_output
 from lit_palm.modules.lora_stages import policy_roles
@@ -105,16 +106,14 @@ class LitPolicy(LitModule):
         self.reference, self.value, self.value_lr = reference, value, value_lr
         self.reference_update = reference_update
         self.precomputed = PrecomputedReference() if precompute_reference else None
-        self.rollout = rollout or RolloutConfig()
-        self.sampling = sampling or Sampling()
-        if "rollouts" in self.objective.needs and self.sampling.temperature <= 0:
-            raise ValueError("sampling.temperature must be positive to learn from samples; 1.0 is usual")
+        self.rollout, self.sampling = rollout or RolloutConfig(), sampling or Sampling()
         self.engine: Engine = engine or CachedEngine()
+        self.handover = Handover(self)
+        self.samples_elsewhere = check_sampling(self.engine, self.sampling, self.rollout, self.objective)
         # frozen networks stay out of the module tree: neither trained, synchronised, nor written into checkpoints
         self.frozen: dict[str, nn.Module] = {}
         self.rollouts: Rollouts | None = None
-        self._reference_id = ""
-        self._validation_started = 0.0
+        self._reference_id, self._validation_started = "", 0.0
         self.engine_agrees: bool | None = None
         """The engine's log-probabilities equalled those of training in the first collection; None: not known yet."""
         self.starts_as_reference = False
@@ -188,6 +187,7 @@ class LitPolicy(LitModule):
         return {"lr": self.value_lr} if role == "value" and self.value_lr is not None else {}
 
     def _place_frozen(self, stage: str = "predict") -> None:
+        self.handover.forget()
         self._move_frozen(self.sharding.frozen != "offloaded" or "rollouts" not in self.objective.needs)
         for reward in self.rewards:
             reward.network = self.frozen.get(f"reward/{reward.name}", reward.network)

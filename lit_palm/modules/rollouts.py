@@ -9,21 +9,21 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lit_palm.models.adapted import sampling_from
-from lit_palm.models.base import Network
 from lit_palm.models.hardware import measure_peak_bandwidth
+from lit_palm.modules.completions import Prompt, as_samples, generate, score
+from lit_palm.modules.overlap import Ahead, check_overlap
 from lit_palm.modules.startup import check_first_ratio, choose_logps
+from lit_palm.objectives.functional import importance_metrics
 from lit_palm.parallel.sharded import is_sharded
-from lit_palm.rollout.collector import annotate, assemble, merge, prompt_order, take
+from lit_palm.rollout.collector import annotate, merge, prompt_order, take
+from lit_palm.rollout.engine_base import Generation
 from lit_palm.rollout.loader import RolloutLoader
-from lit_palm.rollout.rewards import RewardBatch, reward_totals
-from lit_palm.rollout.sampling import row_seeds
 from lit_palm.timing import Stopwatch, span
 from lit_palm.types import Experience
 
@@ -37,9 +37,6 @@ VALIDATION = -1
 
 PHASES = ("rollout", "score", "old_logps", "reference", "value", "gather", "check", "prepare")
 """What a collection's seconds go to, logged as `time/NAME_s` where it is done; together they are `time/collect_s`."""
-
-Prompt = dict[str, Any]
-"""A prompt row: `prompt_ids` [n] long, `prompt` str, `columns` dict."""
 
 
 class Rollouts:
@@ -64,6 +61,7 @@ class Rollouts:
         """Number and rows of the last collection."""
         self._most_batches = 0.0
         objective, config = module.objective, module.rollout
+        self.ahead = Ahead(module) if config.asynchronous else None
         if config.num_prompts % module.layout.size:
             raise ValueError(
                 f"rollout.num_prompts {config.num_prompts} must be a multiple of the {module.layout.size} "
@@ -83,6 +81,9 @@ class Rollouts:
             module.layout.rank,
             module.layout.size,
         )
+        self.loader.ahead = self.ahead
+        if self.ahead is not None:
+            check_overlap(module)
 
     @torch.no_grad()
     def collect(self, collection: int) -> Experience:
@@ -100,6 +101,9 @@ class Rollouts:
         module.follow()  # what is due after the last step, or this collection would be held to an older reference
         training = module.networks.training
         module.networks.eval()  # no dropout while collecting and scoring
+        if self.ahead is not None:
+            self.ahead.wait()  # what is under way is of the weights before
+        module.handover()
         with module.uneven_passes(), module.numerics():
             experience, rejected = self._sample_until_full(collection)
         module.networks.train(training)
@@ -112,6 +116,8 @@ class Rollouts:
         if sampled is not None:
             kept = set() if rejected else set(experience["row"].tolist())
             self.records = collection, [{**row, "kept": row["row"] in kept} for row in sampled]
+        if self.ahead is not None:
+            self.ahead.drop(collection)
         self.metrics |= experience.get("metrics", {})
         if experience.num_rows == 0:
             rank_zero_warn(f"of collection {collection} the objective kept no completion: nothing is learned from it")
@@ -120,6 +126,7 @@ class Rollouts:
     def _tell_times(self, watch: Stopwatch) -> None:
         """Where the seconds of a collection went, and how near sampling came to what the device can read."""
         module, rollout = self.module, watch.seconds("rollout")
+        rollout = max(rollout, self.metrics.get("rollout/overlapped_s", 0.0))
         for name in ("collect", *(name for name in PHASES if watch.count(name))):
             self.metrics[f"time/{name}_s"] = watch.seconds(name)
         self.metrics["perf/rollout_tokens_per_s"] = self._num_sampled / rollout
@@ -160,14 +167,16 @@ class Rollouts:
     def _round(self, collection: int, number: int) -> Experience:
         """The completions of `num_prompts` prompts, scored and annotated, of all ranks."""
         module, config = self.module, self.module.rollout
-        copies = config.completions_per_prompt
-        start = collection * config.num_prompts
-        order = prompt_order(len(self.prompts), config.seed, start, config.num_prompts, stream=number)
-        # whole prompts go to a rank, so that the completions of one share its prefill
-        mine = torch.arange(module.layout.rank, config.num_prompts, module.layout.size)
-        rows = ((number * config.num_prompts + mine)[:, None] * copies + torch.arange(copies)).flatten()
-        prompts = [self.prompts[order[i]] for i in mine.tolist() for _ in range(copies)]
-        experience, batch = sample(module, prompts, rows, collection, copies)
+        prompts, rows = self._mine(collection, number)
+        with span("rollout"):
+            generation = None if number else self._ahead_of(collection, rows)
+            fresh = generation is None
+            if generation is None:
+                generation = generate(module, prompts, rows, collection)
+        if self.ahead is not None and not number:
+            coming, rows_coming = self._mine(collection + 1, 0)
+            self.ahead.start(collection + 1, rows_coming, [p["prompt_ids"] for p in coming])
+        experience, batch = score(module, prompts, rows, generation, config.completions_per_prompt)
         annotate(experience, self._fields, config.batch_size, module.device)
         if self.record:
             experience["prompt"], experience["completion"] = batch.prompts, batch.completions
@@ -175,7 +184,34 @@ class Rollouts:
             experience = merge([Experience(p) for p in module.layout.gather(dict(experience))], module.pad_id)
         self._num_sampled += int(experience["loss_mask"].sum())
         module.samples = as_samples(batch, experience if module.layout.size == 1 else None)
-        return self._settle_logps(experience)
+        return self._settle_logps(experience, fresh)
+
+    def _mine(self, collection: int, number: int) -> tuple[list[Prompt], Tensor]:
+        """This process's prompts of a round, one for each completion, and their global row numbers."""
+        module, config = self.module, self.module.rollout
+        copies = config.completions_per_prompt
+        start = collection * config.num_prompts
+        order = prompt_order(len(self.prompts), config.seed, start, config.num_prompts, stream=number)
+        # whole prompts go to a rank, so that the completions of one share its prefill
+        mine = torch.arange(module.layout.rank, config.num_prompts, module.layout.size)
+        rows = ((number * config.num_prompts + mine)[:, None] * copies + torch.arange(copies)).flatten()
+        return [self.prompts[order[i]] for i in mine.tolist() for _ in range(copies)], rows
+
+    def _ahead_of(self, collection: int, rows: Tensor) -> Generation | None:
+        """The completions that were sampled ahead, unless there are none or they are too stale."""
+        if self.ahead is None:
+            return None
+        taken = self.ahead.take(collection, rows)
+        behind = 0 if taken is None else self.module.trainer.global_step - taken.step
+        limit = self.module.rollout.max_staleness
+        if limit is not None and behind > limit:
+            taken, behind = None, 0
+        self.metrics["rollout/staleness"] = float(behind)
+        self.metrics["rollout/staleness_collections"] = float(behind > 0)
+        if taken is None:
+            return None
+        self.metrics["rollout/overlapped_s"] = taken.seconds
+        return taken.generation
 
     def _fields(self, rows: Experience) -> dict[str, Tensor]:
         module, needs = self.module, self.module.objective.needs
@@ -195,20 +231,34 @@ class Rollouts:
     def trusts_engine(self) -> bool:
         """Whether the engine's log-probabilities stand in for those of a forward pass."""
         choice = self.module.rollout.old_logps
+        if choice == "auto" and self.module.samples_elsewhere:
+            return False
         return choice == "engine" or (choice == "auto" and self.module.engine_agrees is True)
 
-    def _settle_logps(self, experience: Experience) -> Experience:
-        """Check the first collection; then leave the log-probabilities that the objective asked for."""
+    def _settle_logps(self, experience: Experience, fresh: bool) -> Experience:
+        """Check the first collection; then leave the log-probabilities that the objective asked for.
+
+        Args:
+            experience: annotated.
+            fresh: it was sampled from the policy as it is.
+        """
         module, needs = self.module, self.module.objective.needs
+        engine = experience["engine_logps"]
+        if not fresh:  # of an older policy
+            experience.pop("engine_logps")
         if not self.checked:
             self.checked = True
             with span("check"):
                 self.metrics["startup/max_logratio"] = check_first_ratio(module, experience)
                 if module.trainer.loggers:
                     peak_bandwidth(module.device)  # takes a moment, and is known from now on
-            self.metrics["startup/engine_logratio"] = choose_logps(module, experience)
-            self.metrics["startup/trusts_engine"] = float(self.trusts_engine)
-        engine = experience.pop("engine_logps")
+            if fresh:
+                self.metrics["startup/engine_logratio"] = choose_logps(module, experience)
+                self.metrics["startup/trusts_engine"] = float(self.trusts_engine)
+        experience.pop("engine_logps", None)
+        if module.samples_elsewhere and "old_logps" in experience:
+            cap = getattr(module.objective, "importance_cap", None)
+            self.metrics |= importance_metrics(experience["old_logps"], engine, experience["loss_mask"], cap)
         if self.trusts_engine:
             experience["old_logps"] = engine
         if "old_logps" not in needs:
@@ -258,84 +308,14 @@ class Rollouts:
             trainer.val_check_batch = max(1, int(loop.max_batches * trainer.val_check_interval))
 
     def pop_metrics(self) -> dict[str, float]:
-        """The metrics found since the last call."""
+        """The metrics found since the last call; raises what sampling ahead has failed with."""
+        if self.ahead is not None:
+            self.ahead.check()
         metrics, self.metrics = self.metrics, {}
         return metrics
-
-
-@torch.no_grad()
-def sample(
-    module: LitPolicy, prompts: Sequence[Prompt], rows: Tensor, stream: int, copies: int = 1
-) -> tuple[Experience, RewardBatch]:
-    """Complete prompts and score the completions.
-
-    Args:
-        module: the policy with its engine and rewards.
-        prompts: one for each of `rows`.
-        rows: [B] global row numbers, which with the seed and `stream` determine what is sampled.
-        stream: number of the collection, or VALIDATION.
-        copies: completions a prompt (numbers the prompts).
-
-    Returns:
-        The experience so far, and what the rewards saw.
-
-    Raises:
-        ValueError: a prompt does not fit, or a reward misbehaves.
-    """
-    tokenizer, policy = module.ready_tokenizer, cast(Network, module.network_of("policy"))
-    ids = [p["prompt_ids"] for p in prompts]
-    with span("rollout"), sampling_from(policy):
-        generation = module.engine.generate(
-            policy,
-            ids,
-            module.sampling,
-            row_seeds(module.rollout.seed, stream, rows),
-            pad_id=tokenizer.pad_id,
-            eos_id=tokenizer.eos_id,
-            decode=tokenizer.decode,
-        )
-    experience = assemble(ids, generation, tokenizer.pad_id, rows, rows // copies)
-    experience["engine_logps"] = torch.zeros(experience["tokens"].shape, dtype=torch.float32)
-    experience["engine_logps"][experience["loss_mask"]] = torch.cat(generation.logps).float()
-    names = sorted({k for p in prompts for k in p["columns"]})
-    batch = RewardBatch(
-        prompts=[p["prompt"] for p in prompts],
-        completions=[
-            completion_text(tokenizer.decode(c.tolist()), reason, module.sampling.stop)
-            for c, reason in zip(generation.completions, generation.finish_reason, strict=True)
-        ],
-        prompt_ids=ids,
-        completion_ids=generation.completions,
-        ended=generation.ended,
-        columns={k: [p["columns"].get(k) for p in prompts] for k in names},
-        tokens=experience["tokens"],
-        mask=experience["mask"],
-    )
-    with span("score"):
-        if module.rewards:
-            experience["scores"], experience["rewards"], tokens = reward_totals(module.rewards, batch)
-            if tokens is not None:
-                experience["token_rewards"] = tokens
-    return experience, batch
 
 
 @cache
 def peak_bandwidth(device: torch.device) -> float:
     """Bytes a second that a device reads, measured once."""
     return measure_peak_bandwidth(device)
-
-
-def completion_text(text: str, reason: str, stop: Sequence[str]) -> str:
-    """The text of a completion, cut before the stop text that ended it (earlier ones came too soon to count)."""
-    if reason != "stop":
-        return text
-    return text[: max((text.rfind(s) for s in stop if s in text), default=len(text))]
-
-
-def as_samples(batch: RewardBatch, experience: Experience | None, count: int = 8) -> list[dict[str, Any]]:
-    """The first completions with their rewards, for people to read."""
-    rewards = experience.get("rewards", {}) if experience is not None else {}
-    return [
-        {"prompt": p, "completion": c, "rewards": {k: v[i].item() for k, v in rewards.items()}}
-        for i, (p, c) in enumerate(zip(batch.prompts[:count], batch.completions[:count], strict=True))
-    ]

@@ -134,11 +134,13 @@ def choose_logps(module: LitPolicy, experience: Experience) -> float:
     if known is None:
         module.engine_agrees = apart <= ENGINE_TOLERANCE
     if module.rollout.old_logps == "auto":
-        taken = "the engine's own" if module.engine_agrees else "those of a forward pass of training"
+        own = module.engine_agrees and not module.samples_elsewhere
+        taken = "the engine's own" if own else "those of a forward pass of training"
         why = "within" if apart <= ENGINE_TOLERANCE else "beyond"
         rank_zero_info(
             f"rollout.old_logps is auto: log-probabilities of the engine and of training differ by up to {apart:.1e} "
             f"nats, {why} {ENGINE_TOLERANCE:.0e}; {taken} are taken"
+            + (", as always with an engine elsewhere or ahead" if module.samples_elsewhere else "")
             + ("" if known is None else ", as the checkpoint's run did")
         )
     return apart

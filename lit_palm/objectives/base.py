@@ -50,6 +50,11 @@ class Objective(ABC):
         value network), `reward` (scores), `entropy` and `log_z` (in the output)."""
         return frozenset()
 
+    def sampled_elsewhere(self) -> None:  # noqa: B027
+        """Told once, before training, that completions come from other kernels or older weights than those trained (a
+        remote engine, asynchronous rollouts): an objective that can correct for it needs `rollout_logps` from then
+        on, unless its settings say otherwise."""
+
     @property
     def extras(self) -> frozenset[str]:
         """Names of what the network must give beside log-probabilities, in `output.extra`: for objectives that come

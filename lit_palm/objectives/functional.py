@@ -12,8 +12,11 @@ from lit_palm.types import Experience
 
 __all__ = [
     "MAX_EXPONENT",
+    "IMPORTANCE_CAP",
     "KLEstimator",
     "RunningMoments",
+    "importance_metrics",
+    "importance_weights",
     "kl_estimate",
     "logistic_loss",
     "masked_mean",
@@ -26,6 +29,10 @@ KLEstimator = Literal["k1", "k2", "k3"]
 
 MAX_EXPONENT = 20.0
 """Where exponents are clamped: exp of more is of no use to an optimiser, and overflows float16 sums."""
+
+
+IMPORTANCE_CAP = 2.0
+"""What `importance_cap: auto` is where completions come from elsewhere."""
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -58,6 +65,40 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: KLEstimator) -> Ten
     if estimator == "k3":
         return torch.exp((-d).clamp(max=MAX_EXPONENT)) - 1 + d
     raise ValueError(f"unknown KL estimator {estimator!r}: choose k1, k2 or k3")
+
+
+def importance_weights(old_logps: Tensor, rollout_logps: Tensor, mask: Tensor, cap: float) -> Tensor:
+    """min(p_old / p_rollout, cap) of each token, 1 outside the mask, without gradient.
+
+    Truncated importance sampling (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
+    training"): what corrects a policy gradient for completions that came from another distribution than training
+    computes, because an engine's kernels differ, or its weights are older.
+
+    Args:
+        old_logps: [B, T] of the policy before the update, as training computes them.
+        rollout_logps: [B, T] of what sampled, as it reported them.
+        mask: [B, T] completion tokens.
+        cap: bounds the weight of a single token, and with it the variance.
+    """
+    log_weight = torch.where(mask, old_logps - rollout_logps, 0).detach()
+    return log_weight.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp().clamp(max=cap)
+
+
+def importance_metrics(old_logps: Tensor, rollout_logps: Tensor, mask: Tensor, cap: float | None) -> dict[str, float]:
+    """How far what sampled is from what is trained: `rollout/importance_ratio_{mean,max}` of p_old / p_rollout,
+    `rollout/importance_ratio_clipped`, the share of tokens beyond `cap`, and `rollout/logp_gap`, the mean distance in
+    nats a token."""
+    count = mask.sum().clamp(min=1)
+    apart = torch.where(mask, old_logps - rollout_logps, 0)
+    ratio = torch.where(mask, apart.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp(), 0)
+    found = {
+        "rollout/importance_ratio_mean": ratio.sum() / count,
+        "rollout/importance_ratio_max": ratio.max(),
+        "rollout/logp_gap": apart.abs().sum() / count,
+    }
+    if cap is not None:
+        found["rollout/importance_ratio_clipped"] = (ratio > cap).sum() / count
+    return {name: value.item() for name, value in found.items()}
 
 
 def pairs_of_rankings(experience: Experience) -> tuple[Tensor, Tensor, Tensor]:

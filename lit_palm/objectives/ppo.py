@@ -13,9 +13,11 @@ from torch import Tensor
 
 from lit_palm.objectives.base import Kind, Need, Objective
 from lit_palm.objectives.functional import (
+    IMPORTANCE_CAP,
     MAX_EXPONENT,
     KLEstimator,
     RunningMoments,
+    importance_weights,
     kl_estimate,
     masked_mean,
     masked_whiten,
@@ -49,6 +51,9 @@ class PPO(Objective):
         missing_eos_penalty: subtracted from the score of a completion that did not end by itself.
         max_update_kl: an update stops, for this collection, when new and old policy are further apart than this
             (half the mean squared log-ratio a token, `policy/approxkl_avg`); None: never.
+        importance_cap: weigh tokens in the policy's loss by min(p_old / p_rollout, importance_cap), where p_rollout is
+            what the engine sampled with (2 or 3 is usual); `auto`: 2 where completions come from elsewhere (a remote
+            engine, asynchronous rollouts), else none; null: trust the engine.
         value_warmup: during so many first collections only the value network learns.
     """
 
@@ -75,6 +80,7 @@ class PPO(Objective):
         missing_eos_penalty: float = 0.0,
         max_update_kl: float | None = None,
         value_warmup: int = 0,
+        importance_cap: float | Literal["auto"] | None = "auto",
     ) -> None:
         if not clip > 0:
             raise ValueError(f"clip must be positive, got {clip}; 0.2 is usual")
@@ -90,6 +96,7 @@ class PPO(Objective):
             ("clip_reward", clip_reward),
             ("kl_target", kl_target),
             ("max_update_kl", max_update_kl),
+            ("importance_cap", None if importance_cap == "auto" else importance_cap),
         ):
             if limit is not None and not limit > 0:
                 raise ValueError(f"{name} must be positive, got {limit}; null turns it off")
@@ -116,6 +123,8 @@ class PPO(Objective):
         self.missing_eos_penalty = missing_eos_penalty
         self.max_update_kl = max_update_kl
         self.value_warmup = value_warmup
+        self.importance_cap = None if importance_cap == "auto" else importance_cap
+        self._corrects = importance_cap == "auto"
         self.needs_reference = kl_coef > 0
         self.moments = RunningMoments()
         self.num_collections = 0
@@ -125,7 +134,14 @@ class PPO(Objective):
         needs: set[Need] = {"rollouts", "old_logps", "value", "reward", "entropy"}
         if self.needs_reference:
             needs.add("reference")
+        if self.importance_cap is not None:
+            needs.add("rollout_logps")
         return frozenset(needs)
+
+    def sampled_elsewhere(self) -> None:
+        """With `importance_cap: auto`, correct for it."""
+        if self._corrects:
+            self.importance_cap = IMPORTANCE_CAP
 
     # ------------------------------------------------------------------ once a collection
 
@@ -229,6 +245,9 @@ class PPO(Objective):
         if self.dual_clip is not None:
             bound = -advantages * self.dual_clip
             per_token = torch.where(advantages < 0, torch.minimum(per_token, bound), per_token)
+        if self.importance_cap is not None:
+            rollout_logps, cap = experience["rollout_logps"], self.importance_cap
+            per_token = per_token * importance_weights(experience["old_logps"], rollout_logps, mask, cap)
         policy_loss = total(per_token)
 
         values, old_values, returns = output.values, experience["values"], experience["returns"]

@@ -45,6 +45,7 @@ BUILTINS = {
     "lit_palm.engines": {
         "CachedEngine": "lit_palm.rollout.engine:CachedEngine",
         "ContinuousEngine": "lit_palm.rollout.continuous_engine:ContinuousEngine",
+        "RemoteEngine": "lit_palm.rollout.remote:RemoteEngine",
     },
 }
 """What lit_palm brings itself; a test compares it with the concrete classes that exist."""

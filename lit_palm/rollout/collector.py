@@ -44,14 +44,31 @@ class RolloutConfig:
     """Most rounds of `num_prompts` prompts until a collection is full, where an objective rejects samples."""
     old_logps: OldLogps = "auto"
     """Log-probabilities of the policy that sampled: a forward pass (`trainer`), as the engine reported them (`engine`),
-    or the engine's when they agreed with the forward pass to 1e-5 in the first collection (`auto`)."""
+    or the engine's when they agreed with the forward pass to 1e-5 in the first collection (`auto`; never those of an
+    engine elsewhere, nor of asynchronous rollouts)."""
     seed: int = 0
     """Seed of prompts' order, samples and minibatches."""
+    asynchronous: bool = False
+    """Sample the next collection while this one is learned from: each is sampled from the policy as it was one
+    collection earlier. For an engine elsewhere, or idle cores."""
+    max_staleness: int | None = None
+    """Most optimiser steps by which the policy that sampled may be behind, with `asynchronous`: what is further behind
+    is sampled anew, with nothing to overlap; null: as many as a collection has."""
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "completions_per_prompt", "passes", "minibatch_size", "batch_size", "max_rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"rollout.{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_staleness is not None and (self.max_staleness < 1 or not self.asynchronous):
+            raise ValueError(
+                f"rollout.max_staleness is {self.max_staleness}: use at least 1 optimiser step, together with "
+                "rollout.asynchronous: true"
+            )
+        if self.asynchronous and self.old_logps == "engine":
+            raise ValueError(
+                "rollout.old_logps: engine takes the policy that sampled for the one that learns, and with "
+                "rollout.asynchronous they differ: use auto"
+            )
         if self.old_logps not in get_args(OldLogps):
             raise ValueError(f"rollout.old_logps is {self.old_logps!r}: choose {', '.join(get_args(OldLogps))}")
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ from lit_palm.models.decoding import Decode, Decoding, bytes_read_of, decoding_f
 from lit_palm.models.kernels import last_logits
 from lit_palm.rollout.endings import NOT_FINITE, Ending
 from lit_palm.rollout.engine import check_limits, check_request
-from lit_palm.rollout.requests import Handle, QueueFull, Token
+from lit_palm.rollout.requests import Handle, QueueFull, Reading, Token
 from lit_palm.rollout.row_sampling import Draw, RowSampling
 from lit_palm.rollout.sampling import Sampling, uniform
 from lit_palm.timing import span
@@ -38,27 +37,12 @@ from lit_palm.types import has_float64
 __all__ = ["Handle", "QueueFull", "Scheduler", "Token"]
 
 
-@dataclass
-class Reading:
-    """Prompts on their way into a cache of their own."""
-
-    cache: Cache
-    tokens: Tensor
-    """[D, T], the distinct prompts, left-padded."""
-    mask: Tensor | None
-    positions: Tensor | None
-    which: list[int]
-    """The prompt of each row that joins."""
-    place: int = 0
-    """Tokens read so far."""
-
-
 class Scheduler:
     """Keeps a batch of completions going that anyone may join and leave.
 
     Args:
-        network: in evaluation mode; its cache must be able to `join` and `trim`. It must not change from
-            now on: where that is quicker, rows decode with a copy of its weights (`lit_palm.models.decoding`).
+        network: in evaluation mode; its cache must be able to `join` and `trim`. Its weights change by
+            `change_weights` alone: where that is quicker, rows decode with a copy of them (`lit_palm.models.decoding`).
         pad_id: an id to fill shorter rows with; it is never attended to.
         eos_id: the id that ends a completion; None: there is none.
         decode: ids -> text; needed for stop texts.
@@ -89,8 +73,8 @@ class Scheduler:
     ) -> None:
         check_limits(max_batch_size=max_batch_size, max_slots=max_slots)
         self.network, self.pad_id, self.eos_id, self.decode = network, pad_id, eos_id, decode
-        self.quick: Decode = decoding_form(network, decoding or Decoding())
-        self.bytes_read = bytes_read_of(self.quick)
+        self.decoding = decoding or Decoding()
+        self._prepare()
         self.max_batch_size = math.inf if max_batch_size is None else max_batch_size
         self.max_queue = math.inf if max_queue is None else max_queue
         self.max_slots = math.inf if max_slots is None else max_slots
@@ -159,6 +143,16 @@ class Scheduler:
         for handle in lost:
             if handle.finish_reason is None:
                 handle.end("error", error)
+
+    def change_weights(self, change: Callable[[Network], None]) -> None:
+        """Let the network's weights be changed, between two steps and while no row is under way."""
+        assert not self.busy, "rows would go on with keys and values of other weights"
+        change(self.network)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self.quick: Decode = decoding_form(self.network, self.decoding)
+        self.bytes_read = bytes_read_of(self.quick)
 
     @torch.no_grad()
     def step(self) -> bool:
@@ -272,7 +266,7 @@ class Scheduler:
                 self.seen[row, [*handle.prompt, *handle.tokens]] = True
         if any(h.sampling.counted for h in rows):
             assert size is not None
-            self.counts = torch.zeros(len(rows), size, device=device)
+            self.counts = torch.zeros(len(rows), size, dtype=torch.float32, device=device)
             for row, handle in enumerate(rows):
                 if handle.sampling.counted and handle.tokens:
                     tokens = torch.tensor(handle.tokens, device=device)

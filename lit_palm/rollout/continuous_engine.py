@@ -82,7 +82,7 @@ class ContinuousEngine(Engine):
                 raise ValueError(handle.error)
         return Generation(
             completions=[torch.tensor(handle.tokens) for handle in done],
-            logps=[torch.tensor(handle.logps) for handle in done],
+            logps=[torch.tensor(handle.logps, dtype=torch.float32) for handle in done],
             ended=[handle.finish_reason != "length" for handle in done],
             finish_reason=[str(handle.finish_reason) for handle in done],
         )

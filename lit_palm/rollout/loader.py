@@ -69,6 +69,8 @@ class RolloutLoader:
         self.position = 0
         self.buffer: Experience | None = None
         self.stopped = False
+        self.ahead: Any = None
+        """What has been sampled of coming collections; it goes into the snapshot."""
         self._ended: int | None = None  # minibatches of a collection that was over when it was saved
 
     def __len__(self) -> int:
@@ -166,7 +168,8 @@ class RolloutLoader:
             over: the epoch under way gets nothing more, although Lightning has not counted it yet.
         """
         position = self.position - in_flight
-        state = {
+        state: dict[str, Any] = {} if self.ahead is None else {"ahead": self.ahead.state_dict()}
+        state |= {
             "collection": self.collection,
             "position": position,
             "minibatch_size": self.config.minibatch_size,
@@ -199,6 +202,13 @@ class RolloutLoader:
         self.buffer = Experience(state["buffer"]) if state["buffer"] is not None else None
         self.stopped = bool(state["stopped"])
         self._ended = state.get("num_batches") if self.stopped else None
+        if self.ahead is not None:
+            self.ahead.load_state_dict(state.get("ahead", {}))
+
+    def close(self) -> None:
+        """End what is being sampled for coming collections."""
+        if self.ahead is not None:
+            self.ahead.close()
 
 
 def _blank(experience: Experience) -> Experience:

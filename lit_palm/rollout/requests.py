@@ -1,4 +1,4 @@
-"""What a scheduler is asked for and what it tells: a handle for each request, a token at a time."""
+"""What a scheduler is asked for, reads and tells: a handle for each request, prompts, a token at a time."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from torch import Tensor
+
+from lit_palm.models.base import Cache
 from lit_palm.rollout.sampling import Sampling
 
-__all__ = ["Handle", "QueueFull", "Token"]
+__all__ = ["Handle", "QueueFull", "Reading", "Token"]
 
 
 class QueueFull(RuntimeError):
@@ -57,3 +60,18 @@ class Handle:
         self.finish_reason, self.error = reason, error
         if self.on_end is not None:
             self.on_end(self)
+
+
+@dataclass
+class Reading:
+    """Prompts on their way into a cache of their own."""
+
+    cache: Cache
+    tokens: Tensor
+    """[D, T], the distinct prompts, left-padded."""
+    mask: Tensor | None
+    positions: Tensor | None
+    which: list[int]
+    """The prompt of each row that joins."""
+    place: int = 0
+    """Tokens read so far."""

@@ -20,6 +20,9 @@ from lit_palm.models.matrices import Weights
 
 __all__ = ["main", "model_name"]
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+"""Names of this machine that no other one reaches."""
+
 
 def _parser() -> Any:
     from jsonargparse import ArgumentParser
@@ -35,6 +38,11 @@ def _parser() -> Any:
     add("--port", type=int, default=8000, help="Where to listen; 0 takes any free port.")
     add("--model_id", type=str | None, help="The model's name for clients; by default from the checkpoint's path.")
     add("--api_key", type=str | None, help="What clients must bring; else the environment's LIT_PALM_API_KEY, if any.")
+    add(
+        "--weight_updates",
+        type=str | None,
+        help="Let trainers replace the weights by safetensors from below this folder; off by default.",
+    )
     add("--max_batch_size", type=int, default=64, help="Most completions at once.")
     add("--max_queue", type=int, default=256, help="Most completions that wait; more are refused with 429.")
     add("--max_slots", type=int | None, help="Most slots of the KV cache, rows times the longest; None: no limit.")
@@ -71,6 +79,16 @@ def main(argv: Sequence[str]) -> int:
     api_key = args.api_key if args.api_key is not None else os.environ.get("LIT_PALM_API_KEY") or None
     if api_key == "":
         raise ValueError("--api_key is empty: give a key, or leave it out")
+    if args.weight_updates is not None:
+        try:
+            os.makedirs(args.weight_updates, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--weight_updates {args.weight_updates}: is no folder ({error.strerror})") from error
+        if args.host not in LOOPBACK and api_key is None:
+            raise ValueError(
+                f"--weight_updates lets whoever reaches {args.host} change the network: give --api_key, or leave out "
+                "--host"
+            )
     try:
         import litserve  # noqa: F401
     except ImportError as error:
@@ -110,6 +128,7 @@ def main(argv: Sequence[str]) -> int:
 
     worker = Worker(load, args.max_batch_size + args.max_queue)
     limits = Limits(config.max_length, args.max_tokens, config.vocab_size)
-    routes = OpenAIRoutes(worker, tokenizer, args.model_id or model_name(args.checkpoint), limits)
+    name = args.model_id or model_name(args.checkpoint)
+    routes = OpenAIRoutes(worker, tokenizer, name, limits, args.weight_updates)
     PalmServer(routes, api_key, args.max_body, args.drain_seconds).run(args.host, args.port)
     return 0

@@ -3,18 +3,19 @@
 A request is checked whole before anything runs: every fault is `{"error": {"message", "type", "param", "code"}}` with
 the status that OpenAI's clients turn into the right exception. What changes the answer and is not supported is refused
 by name rather than passed over. `top_k`, `min_p`, `repetition_penalty`, `min_tokens` and `return_token_ids` are
-additions that other servers of open models have too (`extra_body` in the official client).
+additions that other servers of open models have too (`extra_body` in the official client); `row_seeds` is our own.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Protocol, Self, TypeVar
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lit_palm.rollout.sampling import Sampling
+from lit_palm.rollout.sampling import Sampling, row_seeds
 
 __all__ = ["APIError", "ChatRequest", "CompletionRequest", "parse", "sampling_of"]
 
@@ -73,6 +74,9 @@ class StreamOptions(_Strict):
     """Accepted; nothing is padded."""
 
 
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
+
 class _Request(_Strict):
     """What both kinds of request share. None means the default everywhere, as clients send it."""
 
@@ -80,7 +84,7 @@ class _Request(_Strict):
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Seed | None = None
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -105,6 +109,11 @@ class _Request(_Strict):
         """Raise `APIError` for what would change the answer."""
         if self.logit_bias:
             raise APIError(400, "logit_bias is not supported", "logit_bias", "unsupported_parameter")
+
+    def seeds(self, count: int) -> list[int]:
+        """One for each completion."""
+        seed = fresh_seed() if self.seed is None else self.seed
+        return [int(one) for one in row_seeds(seed, 0, torch.arange(count)).tolist()]
 
     @property
     def stops(self) -> list[str]:
@@ -185,6 +194,8 @@ class CompletionRequest(_Request):
 
     prompt: str | Texts | Ids | ManyIds
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
+    row_seeds: Annotated[list[Seed], Field(fail_fast=True, max_length=MAX_PROMPTS)] | None = None
+    """One for each completion, in the order of the choices, instead of those that come from `seed`."""
     echo: bool | None = None
     best_of: int | None = None
     suffix: str | None = None
@@ -195,8 +206,19 @@ class CompletionRequest(_Request):
             raise APIError(400, "suffix is not supported", "suffix", "unsupported_parameter")
         if self.best_of not in (None, self.n or 1):
             raise APIError(400, "best_of is not supported", "best_of", "unsupported_parameter")
+        if self.row_seeds is not None and self.seed is not None:
+            raise APIError(400, "give seed or row_seeds, not both", "row_seeds", "invalid_value")
         if self.echo and self.logprobs is not None:
             raise APIError(400, "echo together with logprobs is not supported", "echo", "unsupported_parameter")
+
+    def seeds(self, count: int) -> list[int]:
+        given = self.row_seeds
+        if given is None:
+            return super().seeds(count)
+        if len(given) != count:
+            message = f"row_seeds has {len(given)} seeds for {count} completions"
+            raise APIError(400, message, "row_seeds", "invalid_value")
+        return given
 
     def prompts(self) -> list[str | list[int]]:
         """Each as a text or as ids."""
@@ -208,7 +230,13 @@ class CompletionRequest(_Request):
         return [_clean(p) if isinstance(p, str) else p for p in prompt]
 
 
-R = TypeVar("R", ChatRequest, CompletionRequest)
+class _Checked(Protocol):
+    @classmethod
+    def model_validate(cls, obj: Any) -> Self: ...
+    def refuse_unsupported(self) -> None: ...
+
+
+R = TypeVar("R", bound=_Checked)
 
 
 def parse(kind: type[R], body: bytes) -> R:

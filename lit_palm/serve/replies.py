@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from lit_palm.data.streamed_text import StreamedText, token_bytes
@@ -68,7 +68,8 @@ class Reply:
         prompt_tokens: ids that were read.
         num_top: None: no log-probabilities are shown; else of so many of the likeliest tokens too.
         echo: what stands before each choice's text.
-        token_ids: whether choices show their ids.
+        token_ids: whether choices show their ids, and log-probabilities are those of all of them, EOS included.
+        versions: asked for what names the weights that the choices come from; None: nothing is said of it.
     """
 
     def __init__(
@@ -82,7 +83,9 @@ class Reply:
         num_top: int | None,
         echo: list[str],
         token_ids: bool,
+        versions: Callable[[], str | None] | None = None,
     ) -> None:
+        self.versions = versions
         self.chat = kind == "chat"
         self.tokenizer, self.num_top, self.echo, self.token_ids = tokenizer, num_top, echo, token_ids
         self.choices = [Choice(tokenizer, stop, num_top is not None) for _ in range(count)]
@@ -168,14 +171,16 @@ class Reply:
             if self.token_ids:
                 shown["token_ids"] = [token.id for token in tokens]
             choices.append(shown)
-        return {**self.head, "choices": choices, "usage": self.usage()}
+        version = {} if self.versions is None else {"weights_version": self.versions()}
+        return {**self.head, "choices": choices, "usage": self.usage(), **version}
 
     # ------------------------------------------------------------------------------ log-probabilities
 
     def _logprobs(self, row: int, tokens: list[Token]) -> dict[str, Any] | None:
         if self.num_top is None:
             return None
-        told = [token for token in tokens if token.id != self.tokenizer.eos_id]  # it has no text
+        # EOS has no text, so that it is told only where every id has its log-probability
+        told = [token for token in tokens if self.token_ids or token.id != self.tokenizer.eos_id]
         if self.chat:
             return {"content": [self._spell(t.id, t.logp) | {"top_logprobs": self._top(t)} for t in told]}
         choice, offsets = self.choices[row], []

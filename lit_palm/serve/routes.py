@@ -9,16 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from litserve.specs.base import LitSpec
 
 from lit_palm.data.templates import encode_chat
 from lit_palm.data.tokenizers import Tokenizer, tokenizer_from_dict
-from lit_palm.rollout.sampling import row_seeds
-from lit_palm.serve.protocol import APIError, ChatRequest, CompletionRequest, fresh_seed, parse, sampling_of
+from lit_palm.serve.protocol import APIError, ChatRequest, CompletionRequest, parse, sampling_of
 from lit_palm.serve.replies import Reply, sse
+from lit_palm.serve.updates import UpdateRequest, folder_below, load_weights
 from lit_palm.serve.worker import Event, Row, Stream, Worker
 
 __all__ = ["Limits", "OpenAIRoutes"]
@@ -44,10 +43,14 @@ class OpenAIRoutes(LitSpec):
         tokenizer: of the network.
         model: its name for clients.
         limits: what a request may ask for.
+        weight_updates: folder below which new weights are taken from; None: none are.
     """
 
-    def __init__(self, worker: Worker, tokenizer: Tokenizer, model: str, limits: Limits) -> None:
+    def __init__(
+        self, worker: Worker, tokenizer: Tokenizer, model: str, limits: Limits, weight_updates: str | None = None
+    ) -> None:
         super().__init__()
+        self.weight_updates = weight_updates
         self.worker, self.tokenizer, self.model, self.limits = worker, tokenizer, model, limits
         self.api_path = "/v1/chat/completions"
         self.created = int(time.time())
@@ -59,6 +62,8 @@ class OpenAIRoutes(LitSpec):
         self.add_endpoint("/v1/models/{model:path}", self.one_model, ["GET"])
         self.add_endpoint("/v1/chat/completions", self.chat_completions, ["POST"])
         self.add_endpoint("/v1/completions", self.completions, ["POST"])
+        if weight_updates is not None:
+            self.add_endpoint("/update_weights_from_disk", self.update_weights, ["POST"])
 
     @property
     def stream(self) -> bool:
@@ -104,6 +109,14 @@ class OpenAIRoutes(LitSpec):
         )
         return await self._answer(request, body, "text", ids, texts, body.max_tokens, 16, body.logprobs)
 
+    async def update_weights(self, request: Request) -> Response:
+        """Take the weights in a folder; answered when completions come from them."""
+        assert self.weight_updates is not None
+        body = parse(UpdateRequest, await self._body(request))
+        folder = folder_below(self.weight_updates, body.model_path)
+        await self.worker.update(body.weight_version, lambda network: load_weights(network, folder))
+        return JSONResponse({"success": True, "message": "", "weight_version": body.weight_version})
+
     # ------------------------------------------------------------------------------ from request to answer
 
     async def _answer(
@@ -120,8 +133,7 @@ class OpenAIRoutes(LitSpec):
         count = body.n or 1
         longest = max(len(ids) for ids in prompts)
         sampling = sampling_of(body, self._max_new(prompts, wanted, default, longest, kind))
-        seed = fresh_seed() if body.seed is None else body.seed
-        seeds = row_seeds(seed, 0, torch.arange(len(prompts) * count)).tolist()
+        seeds = body.seeds(len(prompts) * count)
         rows = [
             Row(ids, sampling, seeds[p * count + i], num_top or 0)
             for p, ids in enumerate(prompts)
@@ -137,6 +149,7 @@ class OpenAIRoutes(LitSpec):
             num_top,
             [text for text in echo for _ in range(count)],
             bool(body.return_token_ids),
+            None if self.weight_updates is None else lambda: stream.version,
         )
         stream = self._open(rows)
         if body.stream:
@@ -280,6 +293,7 @@ class OpenAIRoutes(LitSpec):
             "created": self.created,
             "owned_by": "lit-palm",
             "max_model_len": self.limits.max_length,
+            **({} if self.weight_updates is None else {"weights_version": self.worker.version}),
         }
 
     def decode_request(self, request: Any, context_kwargs: Any = None) -> Any:

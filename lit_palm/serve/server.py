@@ -35,6 +35,7 @@ from litserve import LitAPI, LitServer
 from litserve.utils import WorkerSetupStatus
 from starlette.exceptions import HTTPException
 
+from lit_palm.serve.command import LOOPBACK
 from lit_palm.serve.protocol import APIError
 from lit_palm.serve.routes import OpenAIRoutes
 
@@ -174,7 +175,7 @@ class PalmServer(LitServer):
             ValueError: the address cannot be listened at.
         """
         listener = _listen(host, port)
-        if self.open and host not in ("127.0.0.1", "::1", "localhost"):
+        if self.open and host not in LOOPBACK:
             print(f"lit-palm: warning: whoever reaches {host} may ask: give --api_key", file=sys.stderr)
         name = f"[{host}]" if ":" in host else host
         self.greeting = f"serving {self.model_metadata['id']} at http://{name}:{listener.getsockname()[1]}/v1"

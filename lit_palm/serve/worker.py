@@ -17,9 +17,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from lit_palm.models.base import Network
 from lit_palm.rollout.continuous import Scheduler
 from lit_palm.rollout.requests import Handle, Token
 from lit_palm.rollout.sampling import Sampling
+from lit_palm.serve.protocol import APIError
 
 __all__ = ["Event", "Row", "Stream", "Worker"]
 
@@ -53,6 +55,8 @@ class Stream:
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     left: int = 0
     handles: list[Handle] = field(default_factory=list)
+    version: str | None = None
+    """Names the weights that its rows come from, once they were begun; None: those the server was started with."""
 
     async def next(self) -> list[Event]:
         """All events that have come in since the last call; waits for at least one."""
@@ -61,6 +65,24 @@ class Stream:
         events = list(self.events)
         self.events.clear()
         return events
+
+
+@dataclass(eq=False)
+class Update:
+    """New weights that somebody waits for; see `Worker.update`."""
+
+    version: str | None
+    change: Callable[[Network], None]
+    done: asyncio.Future[None]
+
+
+def _settle(done: asyncio.Future[None], error: BaseException | None) -> None:
+    if done.done():  # nobody waits any more
+        return
+    if error is None:
+        done.set_result(None)
+    else:
+        done.set_exception(error)
 
 
 class Worker:
@@ -77,8 +99,12 @@ class Worker:
         self.failure: BaseException | None = None
         self.num_rows = 0
         """Rows that have not ended."""
+        self.version: str | None = None
+        """Names the weights that rows begin with now."""
         self.streams: set[Stream] = set()
-        self._inbox: queue.SimpleQueue[tuple[str, Stream | None]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[tuple[str, Stream | Update | None]] = queue.SimpleQueue()
+        # an update waits for the rows that were begun before it, and what was asked for after it waits for the update
+        self._behind: deque[tuple[str, Stream | Update]] = deque()
         self._outbox: list[tuple[Stream, Event]] = []
         self._thread = threading.Thread(target=self._run, name="lit-palm-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop
@@ -102,6 +128,20 @@ class Worker:
         """Nobody listens any more: free the rows that have not ended."""
         if stream.left:
             self._inbox.put(("close", stream))
+
+    def update(self, version: str | None, change: Callable[[Network], None]) -> asyncio.Future[None]:
+        """Have the weights changed between two steps, when the rows that were asked for before have ended.
+
+        Args:
+            version: names the new weights.
+            change: does it, in the thread; what it raises as `APIError` has left the network as it was.
+
+        Returns:
+            Done when new rows begin with the new weights, or with the error.
+        """
+        asked = Update(version, change, asyncio.get_running_loop().create_future())
+        self._inbox.put(("update", asked))
+        return asked.done
 
     def stop(self) -> None:
         """End all rows and the thread; waits for the step that is under way."""
@@ -152,24 +192,65 @@ class Worker:
             self._flush()
         for handle in [*scheduler.rows, *scheduler.joining, *scheduler.waiting]:
             scheduler.cancel(handle)
+        for _, asked in self._behind:
+            if isinstance(asked, Update):
+                self._call(_settle, asked.done, APIError(503, "the server is shutting down", code="draining"))
+            else:
+                self._drop(asked)
         self._flush()
 
     def _listen(self, scheduler: Scheduler) -> bool:
         """Do what has been asked, waiting for it when there is nothing else to do; False: the thread is to end."""
-        idle = not scheduler.busy
+        self._proceed(scheduler)
+        idle = not scheduler.busy and not self._outbox
         while True:
             try:
-                kind, stream = self._inbox.get(block=idle)
+                kind, asked = self._inbox.get(block=idle)
             except queue.Empty:
                 return True
             idle = False
-            if stream is None:
+            if asked is None:
                 return False
             if kind == "close":
-                for handle in stream.handles:
+                assert isinstance(asked, Stream)
+                if ("open", asked) in self._behind:
+                    self._behind.remove(("open", asked))
+                    self._drop(asked)
+                for handle in asked.handles:
                     scheduler.cancel(handle)
             else:
-                self._submit(scheduler, stream)
+                self._behind.append((kind, asked))
+                self._proceed(scheduler)
+
+    def _proceed(self, scheduler: Scheduler) -> None:
+        """Begin what has been asked for, in its order, up to an update that must wait for rows under way."""
+        while self._behind:
+            asked = self._behind[0][1]
+            if isinstance(asked, Update):
+                if scheduler.busy:
+                    return
+                self._change(scheduler, asked)
+            else:
+                asked.version = self.version
+                self._submit(scheduler, asked)
+            self._behind.popleft()
+
+    def _change(self, scheduler: Scheduler, update: Update) -> None:
+        error: BaseException | None = None
+        try:
+            scheduler.change_weights(update.change)
+        except APIError as refusal:
+            error = refusal
+        except BaseException:  # the weights may be of two versions: nobody may be answered from them
+            self._call(_settle, update.done, APIError(500, "the weights could not be replaced", code="internal_error"))
+            raise
+        else:
+            self.version = update.version
+        self._call(_settle, update.done, error)
+
+    def _drop(self, stream: Stream) -> None:
+        """End rows that were never begun."""
+        self._outbox += [(stream, Event(number, None, "cancelled")) for number in range(len(stream.rows))]
 
     def _submit(self, scheduler: Scheduler, stream: Stream) -> None:
         for number, row in enumerate(stream.rows):

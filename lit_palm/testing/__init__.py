@@ -12,7 +12,8 @@
 The tests that the class inherits say, each in its docstring, what it means when they fail. `ObjectiveChecks` has those
 that need tensors alone (a second), `ObjectiveRuns` those that train (half a minute), `ObjectiveConformance` both; what
 is to be set otherwise for an unusual objective is listed in `lit_palm.testing.subject.Subject`. `RewardConformance`
-does the same for rewards, with the fixture `reward`. It needs pytest.
+does the same for rewards, with the fixture `reward`, and `EngineConformance` for engines, with `engine`. It needs
+pytest.
 """
 
 try:
@@ -28,12 +29,14 @@ from lit_palm.testing.batches import (
     tiny_network,
     tiny_output,
 )
+from lit_palm.testing.engines import EngineConformance
 from lit_palm.testing.objectives import ObjectiveChecks, ObjectiveConformance, ObjectiveRuns
 from lit_palm.testing.reward_subject import tiny_reward_batch
 from lit_palm.testing.rewards import RewardConformance
 
 __all__ = [
     "DataKind",
+    "EngineConformance",
     "ObjectiveChecks",
     "ObjectiveConformance",
     "ObjectiveRuns",

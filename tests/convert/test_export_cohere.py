@@ -243,7 +243,7 @@ def test_an_export_replaces_a_former_one_whole(tmp_path: Path) -> None:
 
 
 def test_a_failed_export_leaves_the_former_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lit_palm.convert import shards
+    from lit_palm.modules import shards
 
     folder = export(tmp_path, {"policy": palm()})
     before = {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from lit_palm import Experience, Loss, Objective, Output
 from lit_palm.objectives.base import Kind, Need
-from lit_palm.objectives.functional import MAX_EXPONENT, KLEstimator, kl_estimate, masked_whiten, rows_that_count
+from lit_palm.objectives.functional import (
+    IMPORTANCE_CAP,
+    KLEstimator,
+    importance_weights,
+    kl_estimate,
+    masked_whiten,
+    rows_that_count,
+)
 from lit_palm_grpo.advantages import (
     NO_SPREAD,
     Baseline,
@@ -80,7 +87,8 @@ class GRPO(Objective):
         dynamic_sampling: replace prompts whose completions all earn the same by new ones (DAPO, section 3.2), for up to
             rollout.max_rounds rounds.
         importance_cap: weigh tokens by min(p_old / p_rollout, importance_cap), for an engine that computes other
-            probabilities than training does (2 or 3 is usual); null: trust the engine.
+            probabilities than training does (2 or 3 is usual); `auto`: 2 where completions come from elsewhere (a
+            remote engine, asynchronous rollouts), else none; null: trust the engine.
     """
 
     API_VERSION: ClassVar[int] = 1
@@ -107,7 +115,7 @@ class GRPO(Objective):
         overlong_cache: int | None = None,
         mask_truncated_completions: bool = False,
         dynamic_sampling: bool = False,
-        importance_cap: float | None = None,
+        importance_cap: float | Literal["auto"] | None = "auto",
     ) -> None:
         self.clip_low, self.clip_high, self.dual_clip, self.surrogate = clip_low, clip_high, dual_clip, surrogate
         self.importance_sampling_level, self.aggregation = importance_sampling_level, aggregation
@@ -117,7 +125,8 @@ class GRPO(Objective):
         self.kl_coef, self.kl_estimator, self.kl_in = kl_coef, kl_estimator, kl_in
         self.entropy_coef, self.missing_eos_penalty = entropy_coef, missing_eos_penalty
         self.mask_truncated_completions, self.dynamic_sampling = mask_truncated_completions, dynamic_sampling
-        self.importance_cap = importance_cap
+        self.importance_cap = None if importance_cap == "auto" else importance_cap
+        self._corrects = importance_cap == "auto"
         self.bounds = (1 - (clip_low or 1.0), 1 + (clip_high or math.inf))
         self._check_values()
         self._check_combinations()
@@ -181,6 +190,11 @@ class GRPO(Objective):
         if self.importance_cap is not None:
             needs.add("rollout_logps")
         return frozenset(needs)
+
+    def sampled_elsewhere(self) -> None:
+        """With `importance_cap: auto`, correct for it."""
+        if self._corrects:
+            self.importance_cap = IMPORTANCE_CAP
 
     # ------------------------------------------------------------------ once a collection
 
@@ -295,8 +309,7 @@ class GRPO(Objective):
             "clip_ratio/region_mean": low + high,
         }
         if self.importance_cap is not None:
-            log_weight = (old_logps - torch.where(mask, experience["rollout_logps"], 0)).detach()
-            correction = log_weight.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp().clamp(max=self.importance_cap)
+            correction = importance_weights(old_logps, experience["rollout_logps"], mask, self.importance_cap)
             per_token, found["sampling/importance_mean"] = per_token * correction, correction
         if self.kl_coef:
             found["kl"] = kl = kl_estimate(logps, torch.where(mask, experience["ref_logps"], 0), self.kl_estimator)

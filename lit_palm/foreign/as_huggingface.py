@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_palm.convert.cohere import scalar_head
 from lit_palm.data.tokenizers import Tokenizer
+from lit_palm.foreign.as_cohere import scalar_head
 from lit_palm.models.huggingface_config import HuggingFaceConfig, read_architecture
 from lit_palm.models.weights import named_weights
 
