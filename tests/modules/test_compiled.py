@@ -1,7 +1,7 @@
 """`model.compile`: the losses and checkpoints of a run without it, under every kind of training.
 
-Runs are traced into graphs that torch then runs as they stand (`eager`), which takes seconds; one goes on to the graphs'
-derivatives (`aot_eager`), one to machine code, and the slow ones do both.
+Runs are traced into graphs that torch then runs as they stand (`eager`), which takes seconds; one goes on to the
+derivatives of graphs (`aot_eager`), one to machine code, and the slow ones do both.
 """
 
 from __future__ import annotations
