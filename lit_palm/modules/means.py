@@ -1,7 +1,8 @@
 """Means over a validation or test set, over all batches and ranks, whatever their sizes.
 
-Sums and counts are added up in float64, where the device has it and else on the host, and reduced once. (Lightning's own `sync_dist` averages the counts
-of ranks as whole numbers, so that with 10 rows here and 11 there a mean is divided by 10 instead of 10.5.)
+Sums and counts are added up in float64, where the device has it and else on the host, and reduced once. (Lightning's
+own `sync_dist` averages the counts of ranks as whole numbers, so that with 10 rows here and 11 there a mean is divided
+by 10 instead of 10.5.)
 """
 
 from __future__ import annotations
