@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Experience", "Loss", "Output", "has_float64"]
+__all__ = ["Experience", "Loss", "Output", "has_float64", "sent"]
 
 
 @functools.cache
@@ -36,6 +36,17 @@ def has_float64(device: torch.device) -> bool:
     except (TypeError, RuntimeError):
         return False
     return True
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, without waiting for what the device is doing, where it can copy by itself."""
+    if tensor.device == device:
+        return tensor
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if tensor.is_cpu and accelerator is not None and accelerator.type == device.type:
+        if hasattr(torch.get_device_module(device), "Stream"):  # from memory that stays where it is until it is done
+            return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 class Experience(dict[str, Any]):
@@ -82,6 +93,24 @@ class Experience(dict[str, Any]):
 
     def __setattr__(self, name: str, value: Any) -> None:
         self[name] = value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.__dict__.get("twins", {}).pop(name, None)
+        super().__setitem__(name, value)
+
+    def came_from(self, host: Experience) -> Experience:
+        """Remember the fields that this batch was copied from, for `host`; gives the batch."""
+        self.__dict__["twins"] = dict(host)
+        return self
+
+    @property
+    def host(self) -> Experience:
+        """The batch as the host has it still, where it was moved to a device; fields added since then as they are.
+
+        What decides shapes (which tokens are learned from, which rows make pairs) is found here: to find it on the
+        device would mean to wait until it has done all that it was given to do.
+        """
+        return Experience(self | self.__dict__.get("twins", {}))
 
     @property
     def num_rows(self) -> int:

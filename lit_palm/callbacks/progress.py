@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,6 +11,10 @@ from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 __all__ = ["ProgressBar"]
+
+
+EVERY = 0.5
+"""Seconds between two looks at the metrics: to read them means to wait for the device."""
 
 
 class ProgressBar(TQDMProgressBar):
@@ -24,6 +29,8 @@ class ProgressBar(TQDMProgressBar):
     def __init__(self, stage: str | None = None, refresh_rate: int = 1, leave: bool = False) -> None:
         super().__init__(refresh_rate=refresh_rate, leave=leave)
         self.stage = stage
+        self._shown: dict[str, int | str | float | dict[str, float]] = {}
+        self._shown_at, self._may_lag = 0.0, False
 
     @staticmethod
     def replaces() -> type[Callback]:
@@ -69,12 +76,22 @@ class ProgressBar(TQDMProgressBar):
             words = self.sanity_check_description if trainer.sanity_checking else self.validation_description
             _restart(self.val_progress_bar, words, self.total_val_batches_current_dataloader)
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._may_lag = True
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._may_lag = False
+
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics
+        if self._may_lag and time.monotonic() - self._shown_at < EVERY:
+            return self._shown
+        self._shown = super().get_metrics(trainer, pl_module)
+        self._shown.pop("v_num", None)
+        self._shown_at = time.monotonic()
+        return self._shown
 
 
 def _restart(bar: Any, description: str, total: int | float | None) -> None:

@@ -127,6 +127,7 @@ class SpikeRewind(Callback):
             last = trainer.strategy.batch_to_device(pl_module._on_before_batch_transfer(last), dataloader_idx=0)
             batch.clear()
             batch.update(last)
+            batch.__dict__.update(last.__dict__)
             self._pending = 0
 
     def on_train_batch_end(

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lit_palm.models.half import widened
+from lit_palm.types import sent
 
 __all__ = ["TokenLogProbs"]
 
@@ -27,7 +28,8 @@ class TokenLogProbs:
 
     Args:
         targets: [B, T] long, the tokens the network is run on.
-        select: [B, T] bool, the tokens to compute; None: all. Position 0 is never predicted.
+        select: [B, T] bool, the tokens to compute; None: all. Position 0 is never predicted. On the host whatever the
+            device of `targets`: how many are selected is then known without waiting for that.
         temperature: logits are divided by it.
         entropy: also give the entropy of each token's distribution.
         log_z: also give the log of its softmax normaliser.
@@ -95,6 +97,7 @@ class TokenLogProbs:
             place = every.view(rows, width)[:, 1:].reshape(-1)
         else:
             place = F.pad(self.select[:, 1:], (1, 0)).reshape(-1).nonzero().squeeze(-1)
+            place = sent(place, self.targets.device)
         return place, place - 1 if self.source is None else self.source.reshape(-1)[place]
 
 

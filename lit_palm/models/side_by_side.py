@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lit_palm.models.attention import Documents
+from lit_palm.types import sent
 
 __all__ = ["Seen", "Sequences", "SideBySide", "collect", "side_by_side", "spread"]
 
@@ -58,21 +59,24 @@ class SideBySide(NamedTuple):
     """[B, T] long: which of the N tokens each token of the rows is predicted from."""
 
 
-def side_by_side(tokens: Tensor, mask: Tensor, targets: Tensor, group: Tensor) -> SideBySide | None:
+def side_by_side(
+    tokens: Tensor, mask: Tensor, targets: Tensor, group: Tensor, device: torch.device | None = None
+) -> SideBySide | None:
     """Lay rows side by side.
 
-    The indices are made on the host: on another device that is one wait for it.
+    The indices are made on the host; rows on another device are waited for.
 
     Args:
         tokens: [B, T] long, right-padded.
         mask: [B, T] bool, True where a token is real.
         targets: [B, T] bool, the tokens to be predicted; what comes before a row's first one is its prompt.
         group: [B] long.
+        device: of the result; None: of the rows.
 
     Returns:
         What stands for them; None when it does not pay.
     """
-    device = tokens.device
+    device = device or tokens.device
     tokens, mask, targets, group = (t.cpu() for t in (tokens, mask, targets, group))
     rows, width = tokens.shape
     _, which, sizes = group.unique(return_inverse=True, return_counts=True)
@@ -94,10 +98,10 @@ def side_by_side(tokens: Tensor, mask: Tensor, targets: Tensor, group: Tensor) -
     number = torch.where(copied, number[leader], number)
     sequences = Sequences(number, home, *_copies(number, common, by_group, first_row, sizes))
     return SideBySide(
-        tokens=tokens.flatten()[home][None].to(device),
-        positions=(home % width)[None].to(device),
-        sequences=Sequences(*(t.to(device) for t in sequences)),
-        source=number.roll(1, dims=1).to(device),
+        tokens=sent(tokens.flatten()[home][None], device),
+        positions=sent((home % width)[None], device),
+        sequences=Sequences(*(sent(t, device) for t in sequences)),
+        source=sent(number.roll(1, dims=1), device),
     )
 
 

@@ -34,7 +34,7 @@ from lit_palm.modules.compatibility import (
     config_of,
     language_model_of,
 )
-from lit_palm.modules.finite import FiniteSteps
+from lit_palm.modules.finite import FiniteSteps, leave_out
 from lit_palm.modules.means import Means
 from lit_palm.modules.origin import origin
 from lit_palm.modules.sharding import Sharding
@@ -267,18 +267,18 @@ class LitModule(SpreadModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divide by the weight of the whole step; drop what this step must not change."""
-        if not self.finite.taken(self):
+        if not self.finite.taken(self, optimizer):
             return  # its gradients are dropped
         factor = self.step_weight.factor(self)
-        if "rollouts" in self.objective.needs and not self.step_weight.total > 0:
-            self.drop_gradients(self.networks)  # nothing to learn from: momentum and decay must not move anything
+        if "rollouts" in self.objective.needs:  # nothing to learn from: momentum and decay must not move anything
+            leave_out(self, optimizer, self.step_weight.total <= 0)
         grads = [local(p.grad) for p in self.parameters() if p.grad is not None]
         if grads:
             torch._foreach_mul_(grads, factor.to(grads[0]))
         for role in self._frozen:
             for _, parameter in self.networks.parameters_of(role):
                 parameter.grad = None
-        if self._watched:
+        if self._watched and not self.finite.spoilt:
             sums = {k: self.all_sum(torch.stack(v).sum(0)).tolist() for k, v in self._watched.items()}
             if self.objective.after_step({k: s / max(n, 1) for k, (s, n) in sums.items()}):
                 self.drop_gradients(self.networks)

@@ -43,11 +43,12 @@ def language_model_output(
     What only this network gives, of which `extras` says the names, is in a dictionary `extra`. Padding of rows
     with a `group` is not computed, and a prompt that several of them share once, where that saves work.
     """
-    tokens, targets = batch["tokens"], batch["loss_mask"]
+    tokens, targets = batch["tokens"], batch.host["loss_mask"]
     options: dict[str, Any] = {"temperature": temperature, "entropy": entropy, "log_z": log_z, "extras": extras}
     packed = None
     if "group" in batch and "documents" not in batch and _takes(network, tokens.shape[1]):
-        packed = side_by_side(tokens, batch["mask"], targets, batch["group"])
+        rows = batch.host
+        packed = side_by_side(rows["tokens"], rows["mask"], targets, rows["group"], tokens.device)
     result: dict[str, Any]
     if packed is None:
         head = TokenLogProbs(tokens, targets, **options)

@@ -26,7 +26,10 @@ __all__ = ["in_parts", "scalars"]
 def scalars(network: nn.Module, batch: Experience) -> Tensor:
     """What a `ScalarNetwork` says at every token of the rows, [B, T]; on padding, anything."""
     tokens = batch["tokens"]
-    packed = side_by_side(tokens, batch["mask"], batch["loss_mask"], batch["group"]) if _lays(network, batch) else None
+    packed = None
+    if _lays(network, batch):
+        rows = batch.host
+        packed = side_by_side(rows["tokens"], rows["mask"], rows["loss_mask"], rows["group"], tokens.device)
     if packed is None:
         values: Tensor = network(tokens)
         return values

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_palm.models.weights import local
-from lit_palm.types import Experience
+from lit_palm.types import Experience, sent
 
 if TYPE_CHECKING:
     from lit_palm.modules.policy import LitPolicy
@@ -109,10 +109,10 @@ class PrecomputedReference:
     def logps(self, stage: str, batch: Experience) -> Tensor:
         """[B, T] for the rows of a batch, on its device, zero outside `loss_mask`."""
         flat, offsets = self._stages[stage]
-        counted = batch["loss_mask"].any(1).tolist()
-        rows = [number for number, real in zip(batch["row"].tolist(), counted, strict=True) if real]
+        mask, numbers = batch.host["loss_mask"].cpu(), batch.host["row"]
+        rows = [number for number, real in zip(numbers.tolist(), mask.any(1).tolist(), strict=True) if real]
         values = [flat[offsets[number] : offsets[number + 1]] for number in rows]
-        result = torch.zeros(batch["tokens"].shape, dtype=torch.float32, device=batch["tokens"].device)
+        result = torch.zeros(mask.shape)
         if values:
-            result[batch["loss_mask"]] = torch.cat(values).to(result.device)
-        return result
+            result[mask] = torch.cat(values)
+        return sent(result, batch["tokens"].device)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_palm.types import Experience
+from lit_palm.types import Experience, sent
 
 __all__ = [
     "MAX_EXPONENT",
@@ -110,10 +110,11 @@ def pairs_of_rankings(experience: Experience) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         Indices of the better rows [P], of the worse rows [P], and the group of each pair [P].
     """
-    group, rank = experience["group"], experience["rank"]
+    group, rank = experience.host["group"], experience.host["rank"]
     better = (group[:, None] == group[None, :]) & (rank[:, None] < rank[None, :])
     i, j = better.nonzero(as_tuple=True)
-    return i, j, group[i]
+    i, j, group = (sent(found, experience["group"].device) for found in (i, j, group[i]))
+    return i, j, group
 
 
 def rows_that_count(experience: Experience) -> Tensor:

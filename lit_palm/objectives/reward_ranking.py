@@ -10,16 +10,17 @@ from torch import Tensor
 
 from lit_palm.objectives.base import Kind, Objective
 from lit_palm.objectives.functional import logistic_loss, pairs_of_rankings, rows_that_count
-from lit_palm.types import Experience, Loss, Output
+from lit_palm.types import Experience, Loss, Output, sent
 
 
 def score_metrics(scores: Tensor, counted: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """`{min,mean,max}_reward` of the scores [B] where `counted` [B] is True."""
-    picked = scores.detach()[counted]
-    count = counted.sum()
+    scores, count = scores.detach(), counted.sum()
     one = count.clamp(max=1)  # 0 when there is nothing to speak of
-    low, high = (picked.min(), picked.max()) if len(picked) else (picked.sum(), picked.sum())
-    return {"min_reward": (low, one), "mean_reward": (picked.sum(), count), "max_reward": (high, one)}
+    low = torch.where(counted, scores, torch.inf).amin().where(one > 0, 0)
+    high = torch.where(counted, scores, -torch.inf).amax().where(one > 0, 0)
+    total = torch.where(counted, scores, 0).sum()
+    return {"min_reward": (low, one), "mean_reward": (total, count), "max_reward": (high, one)}
 
 
 class RewardRanking(Objective):
@@ -46,14 +47,16 @@ class RewardRanking(Objective):
 
     def weight(self, experience: Experience) -> Tensor:
         """The number of rankings with at least one pair."""
-        _, _, group = pairs_of_rankings(experience)
-        return torch.tensor(len(group.unique()), device=group.device)
+        _, _, group = pairs_of_rankings(experience.host)
+        return torch.full((), len(group.unique()), device=experience["group"].device)
 
     def loss(self, output: Output, experience: Experience) -> Loss:
         """Summed over rankings; metrics `accuracy`, `margin` (per pair) and `{min,mean,max}_reward`."""
         scores = output.scores
         assert scores is not None
-        better, worse, group = pairs_of_rankings(experience)
+        better, worse, group = pairs_of_rankings(experience.host)
+        _, inverse, size = group.unique(return_inverse=True, return_counts=True)
+        better, worse, share = (sent(found, scores.device) for found in (better, worse, size[inverse]))
         difference = scores[better] - scores[worse]
         target = difference
         if self.margin:
@@ -63,9 +66,8 @@ class RewardRanking(Objective):
         per_pair = logistic_loss(target)
         if self.centering:
             per_pair = per_pair + self.centering * (scores[better] + scores[worse]).square()
-        _, inverse, size = group.unique(return_inverse=True, return_counts=True)
-        total = (per_pair / size[inverse]).sum()  # over no pair at all it is 0, and still has a graph
-        pairs = torch.tensor(len(better), device=scores.device)
+        total = (per_pair / share).sum()  # over no pair at all it is 0, and still has a graph
+        pairs = torch.full((), len(better), device=scores.device)
         metrics = {
             "accuracy": ((difference.detach() > 0).float().sum(), pairs),
             "margin": (difference.detach().sum(), pairs),

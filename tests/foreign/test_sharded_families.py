@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.families import write_family
 from tests.foreign.aligning import arguments, check_export, keep, second, train, weights, write_data
@@ -22,8 +23,7 @@ STRATEGY = ["--trainer.strategy=ModelParallelStrategy", "--trainer.devices=2"]
 STRATEGY += ["--trainer.strategy.data_parallel_size=2", "--trainer.strategy.tensor_parallel_size=1"]
 STAGES = ["sft", "reward", "ppo"] + (["dpo", "grpo"] if find_spec("lit_palm_dpo") else [])
 SHORT = {"llama": ["sft", "ppo"], "gpt2": ["reward"], "cohere": ["ppo"]}
-# Adam moves a weight whose gradient is no more than rounding by up to lr (1e-3) a step, in whichever direction
-WEIGHTS = 3e-3
+WEIGHTS = 2e-4  # float32 sums in another order; measured: 3e-7, but for what `has_gradient` leaves out
 
 
 def run(commands: list[list[str]], folder: Path) -> None:
@@ -59,6 +59,19 @@ def test_all_stages_under_fsdp2(family: str, tmp_path: Path) -> None:
     check(family, STAGES, tmp_path)
 
 
+def has_gradient(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights without those whose gradient is zero but for rounding, by which Adam moves them up to lr a step.
+
+    They are what a softmax or a difference of scores takes out again: the bias of GPT-2's keys, which stands between
+    those of its queries and values, and that of a reward model's head, with the offset of its calibration.
+    """
+    found = {k: v for k, v in weights.items() if k not in ("networks.reward.head.bias", "networks.reward.offset")}
+    for name in (name for name in found if name.endswith(".c_attn.bias")):
+        queries, _, values = found[name].chunk(3)
+        found[name] = torch.cat([queries, values])
+    return found
+
+
 def check(family: str, stages: list[str], tmp_path: Path) -> None:
     data, network = write_data(tmp_path / "data"), write_family(tmp_path / family, family)
     commands = []
@@ -73,8 +86,5 @@ def check(family: str, stages: list[str], tmp_path: Path) -> None:
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours), stage
         one = weights(train(stage, network, data, tmp_path / stage / "one"))
-        for drop in ("networks.reward.head.bias", "networks.reward.offset"):  # moved by nothing but rounding
-            ours.pop(drop, None)
-            one.pop(drop, None)
-        assert apart(ours, one) < WEIGHTS, stage
+        assert apart(has_gradient(ours), has_gradient(one)) < WEIGHTS, stage
         check_export(whole, tmp_path / stage / "exported", "reward" if stage == "reward" else "policy")

@@ -1,6 +1,7 @@
 """`model.compile`: the losses and checkpoints of a run without it, under every kind of training.
 
-Most runs stop short of the C++ compiler, at the graphs and their derivatives (`aot_eager`); one goes all the way.
+Runs are traced into graphs that torch then runs as they stand (`eager`), which takes seconds; one goes on to the
+derivatives of graphs (`aot_eager`), one to machine code, and the slow ones do both.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
 @pytest.fixture(autouse=True)
 def graphs_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
     torch._dynamo.reset()
     counters.clear()
 
@@ -78,7 +79,8 @@ def test_a_run_goes_on_with_and_without(tmp_path: Path) -> None:
         torch.testing.assert_close(value, ends[1][name], **TOLERANCE)
 
 
-def test_lengths_and_numbers_of_rows_need_no_new_graph() -> None:
+def test_lengths_and_numbers_of_rows_need_no_new_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
     network = PaLMConfig(vocab_size=30, d_model=48, num_layers=3, num_heads=3, head_dim=16).build()
     twin = copy.deepcopy(network)
     compile_blocks(network)
@@ -114,23 +116,38 @@ def test_16_bit_networks() -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=0.1)
 
 
-def test_two_processes_shard_compiled_blocks(tmp_path: Path) -> None:
-    folder = processes(tmp_path, "sharded", "language_model+compiled+6")
-    check("language_model+compiled+6", folder, tmp_path / "one")
-    assert graphs() > 0
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sharded", "ddp"])
+def test_two_processes_take_the_steps_of_an_eager_one(name: str, tmp_path: Path) -> None:
+    """The short form, without derivatives of graphs, is among test_strategies.py's."""
+    job = "language_model+compiled+6"
+    check(job, processes(tmp_path, name, job), tmp_path / "one")
 
 
 def test_the_last_step_is_machine_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine_code(monkeypatch, gradients=False)
+
+
+@pytest.mark.slow
+def test_so_is_the_way_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine_code(monkeypatch, gradients=True)
+
+
+def machine_code(monkeypatch: pytest.MonkeyPatch, gradients: bool) -> None:
     if shutil.which("g++") is None:
         pytest.skip("no C++ compiler")
     monkeypatch.setattr(compiled, "BACKEND", "inductor")
     network = PaLMConfig(vocab_size=10, d_model=16, num_layers=1, num_heads=1, head_dim=16, d_ffn=16).build()
-    tokens = torch.randint(0, 10, (2, 5))
-    with torch.no_grad():
-        expected = network(tokens)
-        compile_blocks(network)
-        torch.testing.assert_close(network(tokens), expected, **TOLERANCE)
+    twin, tokens = copy.deepcopy(network), torch.randint(0, 10, (2, 5))
+    compile_blocks(network)
+    with torch.set_grad_enabled(gradients):
+        found, expected = network(tokens), twin(tokens)
+    torch.testing.assert_close(found, expected, **TOLERANCE)
     assert graphs() == 1
+    if gradients:
+        for one, other in zip(*(torch.autograd.grad(y.square().sum(), list(n.parameters()))
+                                for y, n in ((found, network), (expected, twin))), strict=True):  # fmt: skip
+            torch.testing.assert_close(one, other, **TOLERANCE)
 
 
 def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "recomputed": {"network": {"activation_checkpointing": True}},
     "unfrozen": {"unfrozen_layers": 1},
     "compiled": {"compile": True},
+    "traced": {"compile": True},
     "deep": {"network": {"num_layers": 3}},
     "large": {"network": {"d_model": 512, "num_layers": 8, "num_heads": 8, "head_dim": 64}},
     "bf16": {},
@@ -111,8 +112,9 @@ def train(job: str, folder: Path, name: str = "one") -> tuple[Any, Any, Trajecto
     """Run a job under the strategy of a name; the Trainer, the module and what was seen."""
     kind, settings, options = settings_of(job)
     steps = next((int(s) for s in settings if s.isdigit()), None)
-    if "compiled" in settings:
-        compiled.BACKEND = "aot_eager"  # graphs as ever, without minutes in a C++ compiler
+    for setting, backend in (("traced", "eager"), ("compiled", "aot_eager")):
+        if setting in settings:
+            compiled.BACKEND = backend  # graphs as ever (and their derivatives), without minutes in a C++ compiler
     seen = Trajectory()
     callbacks: list[Any] = [seen]
     if steps is not None:

@@ -189,7 +189,7 @@ class DPO(PairObjective):
         if self.length_normalised:
             chosen, rejected = chosen / pairs.chosen_length, rejected / pairs.rejected_length
         total = self.beta * (chosen + rejected).sum() / 2
-        return {"rewards/mean": (total, torch.tensor(len(pairs), device=total.device))}
+        return {"rewards/mean": (total, torch.full((), len(pairs), device=total.device))}
 
     @property
     def watches(self) -> tuple[str, ...]:

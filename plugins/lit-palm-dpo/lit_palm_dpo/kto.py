@@ -76,14 +76,14 @@ class KTO(Objective):
                 "KTO needs feedback on single answers, a `label` (true or false) beside `prompt` and `completion`, of "
                 "which this data has none; for pairs and rankings use DPO"
             )
-        counted = rows_that_count(experience)
-        mismatched = experience.get("mismatched", torch.zeros_like(counted))
-        rows, others = counted & ~mismatched, counted & mismatched
-        if self.loss_name == "kto" and bool(rows.any()) and not bool(others.any()):
-            raise ValueError(
-                "KTO estimates the divergence from the reference on answers to other prompts, and this batch has none: "
-                "set data.mismatched: true, or the objective's loss to apo_zero_unpaired"
-            )
+        rows, others = _kinds(experience)
+        if self.loss_name == "kto":
+            known, unpaired = _kinds(experience.host)
+            if bool(known.any()) and not bool(unpaired.any()):
+                raise ValueError(
+                    "KTO estimates the divergence from the reference on answers to other prompts, and this batch has "
+                    "none: set data.mismatched: true, or the objective's loss to apo_zero_unpaired"
+                )
         return rows, others
 
     def weight(self, experience: Experience) -> Tensor:
@@ -122,3 +122,10 @@ class KTO(Objective):
         both = (wanted.any() & unwanted.any()).long()
         metrics["rewards/margins"] = ((means[0] - means[1]) * both, both)
         return metrics
+
+
+def _kinds(experience: Experience) -> tuple[Tensor, Tensor]:
+    """Rows with feedback, and answers to other prompts: [B] bool each."""
+    counted = rows_that_count(experience)
+    mismatched = experience.get("mismatched", torch.zeros_like(counted))
+    return counted & ~mismatched, counted & mismatched

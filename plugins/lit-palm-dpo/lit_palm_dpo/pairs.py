@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lit_palm import Experience, Loss, Objective, Output
 from lit_palm.objectives.functional import pairs_of_rankings, rows_that_count
+from lit_palm.types import sent
 
 __all__ = ["Metrics", "PairObjective", "Pairs", "check_beta", "check_smoothing", "find_pairs", "row_sums"]
 
@@ -63,10 +64,10 @@ def find_pairs(experience: Experience) -> tuple[Tensor, Tensor]:
             "an objective on pairs needs preferences (`chosen` and `rejected`, or `completions` and `ranks`), of which "
             "this data has none: use PreferenceData, and KTO where answers have a `label`"
         )
-    better, worse, _ = pairs_of_rankings(experience)
-    counted = rows_that_count(experience)
-    both = counted[better] & counted[worse]
-    return better[both], worse[both]
+    better, worse, _ = pairs_of_rankings(experience.host)
+    counted = rows_that_count(experience.host)
+    both, device = counted[better] & counted[worse], experience["group"].device
+    return sent(better[both], device), sent(worse[both], device)
 
 
 @dataclass
@@ -130,7 +131,7 @@ class PairObjective(Objective):
     def weight(self, experience: Experience) -> Tensor | dict[str, Tensor]:
         """The number of pairs; with `sft` by term, there the number of tokens of the best answers."""
         better, worse = find_pairs(experience)
-        count = torch.tensor(len(better), device=better.device)
+        count = torch.full((), len(better), device=better.device)
         if self.sft_weight is None:
             return count
         sft = {"sft": self._imitated(experience, better, worse).sum()}
@@ -211,6 +212,6 @@ class PairObjective(Objective):
             "logps/chosen": chosen,
             "logps/rejected": rejected,
         }
-        count = torch.tensor(len(pairs), device=chosen.device)
+        count = torch.full((), len(pairs), device=chosen.device)
         metrics = {name: (value.sum(), count) for name, value in values.items()}
         return metrics | self.more_metrics(pairs)

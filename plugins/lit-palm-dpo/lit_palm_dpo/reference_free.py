@@ -89,7 +89,7 @@ class ORPO(PairObjective):
 
     def more_metrics(self, pairs: Pairs) -> Metrics:
         difference = self._difference(pairs)
-        count = torch.tensor(len(pairs), device=difference.device)
+        count = torch.full((), len(pairs), device=difference.device)
         return {
             "log_odds_ratio": (F.logsigmoid(difference).sum(), count),
             "log_odds_chosen": (difference.sum(), count),

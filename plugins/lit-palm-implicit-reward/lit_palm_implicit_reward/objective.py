@@ -17,6 +17,7 @@ from torch import Tensor
 from lit_palm import Experience, Loss, Objective, Output
 from lit_palm.objectives.base import Kind, Need
 from lit_palm.objectives.functional import logistic_loss, pairs_of_rankings, rows_that_count
+from lit_palm.types import sent
 
 __all__ = ["ImplicitPRM"]
 
@@ -105,9 +106,9 @@ class ImplicitPRM(Objective):
     def weight(self, experience: Experience) -> Tensor:
         """The number of completions, of pairs, or with `level: token` of tokens."""
         if self.kind_of_loss == "dpo":
-            return torch.tensor(len(self._pairs(experience)[0]), device=experience["tokens"].device)
-        counts = self.rows(experience)
+            return torch.full((), len(self._pairs(experience)[0]), device=experience["tokens"].device)
         mask: Tensor = experience["loss_mask"]
+        counts = sent(self.rows(experience.host), mask.device)
         return (mask & counts[:, None]).sum() if self.level == "token" else counts.sum()
 
     def _pairs(self, experience: Experience) -> tuple[Tensor, Tensor]:
@@ -116,10 +117,10 @@ class ImplicitPRM(Objective):
                 "ImplicitPRM with loss: dpo learns from pairs and rankings (chosen and rejected, or completions and "
                 "ranks); of labels and ratings use loss: ce"
             )
-        counts = rows_that_count(experience)
-        better, worse, _ = pairs_of_rankings(experience)
+        counts, device = rows_that_count(experience.host), experience["group"].device
+        better, worse, _ = pairs_of_rankings(experience.host)
         both = counts[better] & counts[worse]
-        return better[both], worse[both]
+        return sent(better[both], device), sent(worse[both], device)
 
     def loss(self, output: Output, experience: Experience) -> Loss:
         """Summed cross-entropy; metrics `accuracy`, `rewards/right`, `rewards/wrong`, or those of pairs."""
@@ -130,7 +131,7 @@ class ImplicitPRM(Objective):
         if self.kind_of_loss == "dpo":
             better, worse = self._pairs(experience)
             margin = by_row[better] - by_row[worse]
-            count = torch.tensor(len(margin), device=mask.device)
+            count = torch.full((), len(margin), device=mask.device)
             metrics = {
                 "accuracy": ((margin > 0).float().sum(), count),
                 "rewards/chosen": (by_row[better].sum(), count),
@@ -139,7 +140,8 @@ class ImplicitPRM(Objective):
             }
             total = logistic_loss(margin).sum()
         else:
-            right, counts = self.outcomes(experience), self.rows(experience)
+            found = self.outcomes(experience.host), self.rows(experience.host)
+            right, counts = (sent(rows, mask.device) for rows in found)
             sign = torch.where(right, 1, -1).to(by_row.dtype)
             if self.level == "token":
                 per_token = -F.logsigmoid(sign[:, None] * by_token)
