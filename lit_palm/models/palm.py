@@ -34,7 +34,7 @@ from lit_palm.models.cache import PaLMCache
 from lit_palm.models.half import attention, linear
 from lit_palm.models.kernels import recomputed, split_swiglu
 from lit_palm.models.layers import Linear, Norm, QKNorm, rotate
-from lit_palm.models.side_by_side import Seen, Sequences, collect, spread
+from lit_palm.models.side_by_side import Seen, Sequences, collect, put, spread
 from lit_palm.models.weights import Fresh, fill, fresh_seed, give_memory
 from lit_palm.types import has_float64
 
@@ -165,10 +165,32 @@ class Block(nn.Module):
 
     def compute(self, x_BTD: Tensor, rope: tuple[Tensor, ...], bias: Seen, cache: PaLMCache | None) -> Tensor:
         """What `forward` gives."""
+        if isinstance(bias, Sequences) and bias.read is not None:
+            if type(getattr(self, "attn_ffn_in", None)) is not Linear:  # adapted or spread: it is not to be cut
+                return self.compute(x_BTD, rope, bias.whole(), cache)[:, : bias.read]
+            return self.compute_read(x_BTD, rope, bias, bias.read)
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
         qk, v, hidden = self.project(self.norm(x_BTD))
         q, k = self.queries_and_keys(qk.view(heads), rope)
-        out = self.join(self.attend(q, k, v.view(heads), bias, cache), hidden)
+        return self.add(x_BTD, self.attend(q, k, v.view(heads), bias, cache), hidden)
+
+    def compute_read(self, x_BTD: Tensor, rope: tuple[Tensor, ...], sequences: Sequences, read: int) -> Tensor:
+        """The last block's results for the tokens that are read, of which the others are but keys and values."""
+        x, rest = x_BTD.split((read, x_BTD.shape[1] - read), 1)
+        qk, v, hidden = self.project(self.norm(x))
+        q, k = self.queries_and_keys(qk.view(1, read, -1, self.head_dim), tuple(t[:, :read] for t in rope))
+        first = self.num_heads * self.head_dim
+        width = self.num_kv_heads * self.head_dim
+        kv = linear(self.norm(rest), self.attn_ffn_in.weight[first : first + 2 * width])
+        more = kv.view(1, rest.shape[1], 2, self.num_kv_heads, self.head_dim).unbind(2)
+        normed = more[0] if self.k_norm is None else self.k_norm(more[0])
+        k = torch.cat((k, rotate(normed, *(t[:, read:] for t in rope[-2:]))), 1)
+        v = torch.cat((v.view(1, read, -1, self.head_dim), more[1]), 1)
+        return self.add(x, self.attend(q, k, v, sequences, None), hidden)
+
+    def add(self, x_BTD: Tensor, attended: Tensor, hidden: Tensor) -> Tensor:
+        """The block's output from its input and both halves."""
+        out = self.join(attended, hidden)
         if self.training and self.dropout:
             out = F.dropout(out, self.dropout)
         return x_BTD + out
@@ -203,8 +225,9 @@ class Block(nn.Module):
         if isinstance(bias, Documents):
             return attend_within(q, k, v, bias, dropout).flatten(2)
         if isinstance(bias, Sequences):
-            q, k, v = (spread(t, bias) for t in (q, k, v))
-            return collect(self.attend(q, k, v, None, None), bias)
+            home = bias.home[: q.shape[1]]
+            rows = self.attend(put(q, home, bias), spread(k, bias), spread(v, bias), None, None)
+            return collect(rows, home)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self.index, k, v)
@@ -316,8 +339,9 @@ class PaLM(Network):
                 cache.pad(mask, x.dtype)
         rope = self.rope(tokens, mask, positions, cache)
         bias = sequences if sequences is not None else self.attention_bias(x, mask, documents, cache)
+        seen = bias.whole() if isinstance(bias, Sequences) else bias
         for block in self.layers:
-            x = block(x, rope, bias, cache)
+            x = block(x, rope, bias if block is self.layers[-1] else seen, cache)
         if cache is not None:
             cache.length += tokens.shape[1]
         hidden = self.norm(x)
