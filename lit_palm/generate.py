@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from lit_palm.models.matrices import Weights
+from lit_palm.rollout.engine import CachedEngine
 from lit_palm.rollout.sampling import Sampling
 
 __all__ = ["consolidate_main", "main"]
@@ -33,6 +35,8 @@ def _parser() -> Any:
     parser.add_argument("--output", type=str | None, help="Write {prompt, completion} as jsonl instead of printing.")
     parser.add_argument("--chat", type=bool, default=False, help="Put each prompt through the chat template.")
     parser.add_argument("--seed", type=int, default=0, help="The same seed gives the same completions.")
+    parser.add_argument("--weights", type=Weights | None, help="Type of a PaLM's weights while it decodes.")
+    parser.add_argument("--compile", type=bool, default=False, help="Decode with torch.compile.")
     parser.add_class_arguments(Sampling, None)
     return parser
 
@@ -75,7 +79,6 @@ def main(argv: Sequence[str]) -> int:
     from lit_palm.models.base import Network
     from lit_palm.modules.checkpoint import load_checkpoint_tokenizer
     from lit_palm.modules.weights import load_network
-    from lit_palm.rollout.engine import CachedEngine
     from lit_palm.rollout.sampling import row_seeds
 
     args = _parse(_parser(), argv)
@@ -98,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
             return torch.tensor(encode_chat(tokenizer, messages, add_generation_prompt=True)[0])
         return torch.tensor(tokenizer.prefix + tokenizer.encode(prompt), dtype=torch.long)
 
-    engine = CachedEngine()
+    engine = CachedEngine(weights=args.weights, compile=args.compile)
     stream = StreamedText(tokenizer.decode) if not args.output and len(prompts) == 1 else None
     if stream is not None:
         print(prompts[0], end="", flush=True)

@@ -33,6 +33,8 @@ class Span(NamedTuple):
     """Nanoseconds of it that lie in spans directly within it."""
     thread: int
     """`threading.get_ident` of who did it; spans of one thread nest."""
+    amount: int = 0
+    """How much was done, in whatever is counted for spans of its name."""
 
 
 class Listener(Protocol):
@@ -58,12 +60,13 @@ class span:
 
     Args:
         name: what.
+        amount: how much of it, such as bytes.
     """
 
-    __slots__ = ("inner", "name", "start")
+    __slots__ = ("amount", "inner", "name", "start")
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, amount: int = 0) -> None:
+        self.name, self.amount = name, amount
 
     def __enter__(self) -> None:
         self.inner = 0
@@ -79,7 +82,7 @@ class span:
         if spans:
             spans[-1].inner += end - self.start
         if _listeners:
-            done = Span(self.name, self.start, end, self.inner, threading.get_ident())
+            done = Span(self.name, self.start, end, self.inner, threading.get_ident(), self.amount)
             for listener in _listeners:
                 listener.saw(done)
 
@@ -104,6 +107,7 @@ class Stopwatch:
         self._whole: dict[str, int] = {}
         self._own: dict[str, int] = {}
         self._counts: dict[str, int] = {}
+        self._amounts: dict[str, int] = {}
 
     def __enter__(self) -> Stopwatch:
         self.start()
@@ -128,6 +132,7 @@ class Stopwatch:
         self._whole[span.name] = self._whole.get(span.name, 0) + took
         self._own[span.name] = self._own.get(span.name, 0) + took - span.inner
         self._counts[span.name] = self._counts.get(span.name, 0) + 1
+        self._amounts[span.name] = self._amounts.get(span.name, 0) + span.amount
 
     def seconds(self, name: str, own: bool = False) -> float:
         """Seconds of all spans of a name; `own`: without the spans within them."""
@@ -137,8 +142,13 @@ class Stopwatch:
         """Number of spans of a name."""
         return self._counts.get(name, 0)
 
+    def amount(self, name: str) -> int:
+        """Amounts of all spans of a name, added up."""
+        return self._amounts.get(name, 0)
+
     def reset(self) -> None:
         """Begin at zero again."""
         self._whole.clear()
         self._own.clear()
         self._counts.clear()
+        self._amounts.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import pickle
 import re
@@ -292,6 +293,25 @@ def test_generate_reads_files_and_writes_jsonl(lit_palm: Run, here: Path) -> Non
             prompts = [json.loads(line)["prompt"] for line in (here / name).read_text().splitlines()]
         assert [row["prompt"] for row in rows] == prompts
         assert {row["finish_reason"] for row in rows} <= {"eos", "stop", "length"}
+
+
+def test_engines_take_narrower_weights_from_yaml_and_command_lines(
+    lit_palm: Run, here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (here / "engine.yaml").write_text(
+        "model:\n  engine:\n    class_path: ContinuousEngine\n"
+        "    init_args: {max_batch_size: 3, weights: bf16, compile: false}\n"
+    )
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        status, _, err = lit_palm("fit", "--config", "ppo.yaml", "--config", "engine.yaml")
+    assert status == 0, err
+    assert "those of a forward pass of training are taken" in caplog.text
+    status, narrow, err = lit_palm(
+        "generate", *CHECKPOINT, "--prompt", "the cat", "a", "--temperature", "0", "--weights", "bf16"
+    )
+    assert status == 0 and narrow.startswith("the cat"), err
+    status, _, err = lit_palm("generate", *CHECKPOINT, "--prompt", "the cat", "--weights", "fp4")
+    assert status != 0 and "weights" in err and "int8" in err
 
 
 def test_generate_stops_at_stop_texts(lit_palm: Run, here: Path) -> None:

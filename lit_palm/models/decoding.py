@@ -32,7 +32,7 @@ from lit_palm.models.layers import Linear, QKNorm, rotate
 from lit_palm.models.matrices import Matrix, Weights
 from lit_palm.models.palm import Block, PaLM
 
-__all__ = ["Decode", "Decoding", "Weights", "decoding_form"]
+__all__ = ["Decode", "Decoding", "Weights", "bytes_read_of", "decoding_form"]
 
 Decode = Callable[..., Any]
 """Called like `Network.forward`."""
@@ -80,6 +80,18 @@ def decoding_form(network: Network, how: Decoding) -> Decode:
             return network
         weights = "bf16"
     return _PaLMDecoder(network, trunk, how, weights)
+
+
+def bytes_read_of(decode: Decode) -> Callable[[int], int]:
+    """Rows of a step -> bytes of the weights that it reads, which decoding is bound by.
+
+    Many rows are multiplied with a wider copy of narrow weights on some processors.
+    """
+    if isinstance(decode, _PaLMDecoder):
+        return decode.bytes_read
+    assert isinstance(decode, Network)
+    total = sum(p.numel() * p.element_size() for p in decode.parameters())
+    return lambda rows: total
 
 
 def _trunk(network: Network) -> PaLM | None:
@@ -150,6 +162,7 @@ class _PaLMDecoder:
             for matrix in (m for layer in self.layers for m in (layer.entry, *layer.exit)):
                 matrix.settle()
         self.norm = own.to(self.dtype)
+        self.counted: dict[int, int] = {}
         (self.output,) = Matrix.of([trunk.embedding.weight], None if weights == "int8" else weights, pack)
 
     def __call__(
@@ -174,6 +187,13 @@ class _PaLMDecoder:
             if head is None:
                 return F.linear(hidden[:, None] * self.trunk.logit_scale, weight)
             return head(hidden[:, None], weight, self.trunk.logit_scale)
+
+    def bytes_read(self, rows: int) -> int:
+        """See `bytes_read_of`."""
+        if rows not in self.counted:
+            matrices = [self.output, *(m for layer in self.layers for m in (layer.entry, *layer.exit))]
+            self.counted[rows] = sum(matrix.num_bytes(rows) for matrix in matrices)
+        return self.counted[rows]
 
     def step(self, tokens: Tensor, positions: Tensor | None, cache: PaLMCache) -> Tensor:
         """Hidden states [B, D] after tokens [B, 1]."""

@@ -40,6 +40,10 @@ class Matrix:
         """residual [B, O] + x @ weight.T."""
         return residual + self(x)
 
+    def num_bytes(self, rows: int) -> int:
+        """What a product with so many rows reads of the weight."""
+        return self.weight.numel() * self.weight.element_size()
+
     def settle(self) -> None:
         """Make all copies now, of kinds that `torch.compile` sees through."""
 
@@ -103,6 +107,9 @@ class FloatMatrix(Matrix):
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, residual, self._in_blocks(), None, "add")
         return result
 
+    def num_bytes(self, rows: int) -> int:
+        return sum(part.numel() for part in self.parts) * 4
+
     def _transposed(self) -> Tensor:
         if self.single is None:
             shape = sum(part.shape[1] for part in self.parts), len(self.parts[0])
@@ -126,6 +133,8 @@ class NarrowMatrix(Matrix):
     """
 
     FEW: ClassVar[int]
+    width: ClassVar[int]
+    """Bytes of a number."""
     wide: Matrix | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -133,6 +142,9 @@ class NarrowMatrix(Matrix):
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         return residual + self.narrow(x) if len(x) <= self.FEW else self.widened().add(x, residual)
+
+    def num_bytes(self, rows: int) -> int:
+        return self.weight.numel() * (self.width if rows <= self.FEW else 4)
 
     def settle(self) -> None:
         self.widened(pack=False)
@@ -155,7 +167,7 @@ class NarrowMatrix(Matrix):
 class HalfMatrix(NarrowMatrix):
     """A weight of 16 bits; of a single row the numbers are rounded to them too."""
 
-    FEW = 1
+    FEW, width = 1, 2
 
     def narrow(self, x: Tensor) -> Tensor:
         return F.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
@@ -164,7 +176,7 @@ class HalfMatrix(NarrowMatrix):
 class Int8Matrix(NarrowMatrix):
     """A weight of 8 bits with a scale for each output, through `torchao`; few rows are rounded to bfloat16."""
 
-    FEW = 16
+    FEW, width = 16, 1
 
     def __init__(self, weight: Tensor) -> None:
         try:

@@ -18,7 +18,7 @@ from torch import Tensor
 from lit_palm.models.adapted import sampling_from
 from lit_palm.models.base import Network
 from lit_palm.models.hardware import measure_peak_bandwidth
-from lit_palm.modules.startup import check_first_ratio
+from lit_palm.modules.startup import check_first_ratio, choose_logps
 from lit_palm.parallel.sharded import is_sharded
 from lit_palm.rollout.collector import annotate, assemble, merge, prompt_order, take
 from lit_palm.rollout.loader import RolloutLoader
@@ -34,9 +34,6 @@ __all__ = ["VALIDATION", "Rollouts"]
 
 VALIDATION = -1
 """Number of the stream that validation samples from; collections count from 0."""
-
-ENGINE_TOLERANCE = 1e-5
-"""Nats a token within which `rollout.old_logps: auto` takes the engine's log-probabilities for those of training."""
 
 PHASES = ("rollout", "score", "old_logps", "reference", "value", "gather", "check", "prepare")
 """What a collection's seconds go to, logged as `time/NAME_s` where it is done; together they are `time/collect_s`."""
@@ -129,10 +126,9 @@ class Rollouts:
         self._num_sampled = 0
         policy = module.networks["policy"]
         # of an engine that tells its steps, and of weights that are here as a whole
-        if watch.count("decode") and module.trainer.loggers and not is_sharded(policy):
-            read = sum(p.numel() * p.element_size() for p in policy.parameters()) * watch.count("decode")
-            seconds = rollout - watch.seconds("prefill")
-            self.metrics["perf/rollout_bandwidth"] = read / seconds / peak_bandwidth(module.device)
+        if watch.amount("decode") and module.trainer.loggers and not is_sharded(policy):
+            rate = watch.amount("decode") / (rollout - watch.seconds("prefill"))
+            self.metrics["perf/rollout_bandwidth"] = rate / peak_bandwidth(module.device)
 
     def _sample_until_full(self, collection: int) -> tuple[Experience, bool]:
         """The accepted rows of as many rounds as it takes, `rollout.max_rounds` at most.
@@ -210,10 +206,8 @@ class Rollouts:
                 self.metrics["startup/max_logratio"] = check_first_ratio(module, experience)
                 if module.trainer.loggers:
                     peak_bandwidth(module.device)  # takes a moment, and is known from now on
-            apart = (experience["engine_logps"] - experience["old_logps"]).abs().max().item()
-            self.metrics["startup/engine_logratio"] = apart
-            if module.engine_agrees is None:  # a run that goes on keeps to what it began with
-                module.engine_agrees = apart <= ENGINE_TOLERANCE
+            self.metrics["startup/engine_logratio"] = choose_logps(module, experience)
+            self.metrics["startup/trusts_engine"] = float(self.trusts_engine)
         engine = experience.pop("engine_logps")
         if self.trusts_engine:
             experience["old_logps"] = engine

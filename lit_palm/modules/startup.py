@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lit_palm.rollout.continuous_engine import ContinuousEngine
@@ -19,17 +20,22 @@ from lit_palm.types import Experience
 if TYPE_CHECKING:
     from lit_palm.modules.policy import LitPolicy
 
-__all__ = ["TOLERANCE", "check_first_ratio"]
+__all__ = ["ENGINE_TOLERANCE", "TOLERANCE", "check_first_ratio", "choose_logps"]
+
+ENGINE_TOLERANCE = 1e-5
+"""Nats a token within which `rollout.old_logps: auto` takes the engine's log-probabilities for those of training."""
 
 # Largest and mean difference of a token's log-probability between two ways of computing it. Rounding of a forward pass
 # in float32 is 1e-6 to 1e-5 (measured 5e-6 at most over 2,500 tokens of networks of 4 and 12 layers). bfloat16 keeps 8
 # bits: logits of size 10 are off by up to 0.03 each, and single tokens by more (measured 0.11 at most, 0.009 on
 # average), so there the mean is what tells rounding from a defect. float64 is bounded by its float32 log-probabilities.
+# int8 is that of an engine's weights, which keep 7 bits of each row's largest.
 TOLERANCE = {
     torch.float64: (1e-5, 1e-5),
     torch.float32: (1e-4, 1e-4),
     torch.float16: (0.1, 0.004),
     torch.bfloat16: (0.5, 0.03),
+    torch.int8: (1.0, 0.06),
 }
 
 
@@ -91,7 +97,9 @@ def check_first_ratio(module: LitPolicy, experience: Experience, num_rows: int =
     module.networks.train(training)
     if "engine_logps" in experience:
         # an engine of another make has kernels and perhaps a precision of its own
-        loosest = dtype if isinstance(module.engine, CachedEngine | ContinuousEngine) else torch.bfloat16
+        loosest = torch.bfloat16
+        if isinstance(module.engine, CachedEngine | ContinuousEngine):
+            loosest = {None: dtype, "bf16": torch.bfloat16, "int8": torch.int8}[module.engine.weights]
         _compare(
             experience["engine_logps"],
             experience["old_logps"],
@@ -109,6 +117,31 @@ def check_first_ratio(module: LitPolicy, experience: Experience, num_rows: int =
             "between the policy and the reference that it starts as: the reference is not a faithful copy",
         )
     return worst
+
+
+def choose_logps(module: LitPolicy, experience: Experience) -> float:
+    """Settle for `rollout.old_logps: auto` whose log-probabilities a run takes, and say so.
+
+    Args:
+        module: the policy; `engine_agrees` is set unless the run goes on from a checkpoint, which settled it.
+        experience: the first collection, as for `check_first_ratio`.
+
+    Returns:
+        The largest difference of a token's log-probability between engine and training, in nats.
+    """
+    apart = (experience["engine_logps"] - experience["old_logps"]).abs().max().item()
+    known = module.engine_agrees
+    if known is None:
+        module.engine_agrees = apart <= ENGINE_TOLERANCE
+    if module.rollout.old_logps == "auto":
+        taken = "the engine's own" if module.engine_agrees else "those of a forward pass of training"
+        why = "within" if apart <= ENGINE_TOLERANCE else "beyond"
+        rank_zero_info(
+            f"rollout.old_logps is auto: log-probabilities of the engine and of training differ by up to {apart:.1e} "
+            f"nats, {why} {ENGINE_TOLERANCE:.0e}; {taken} are taken"
+            + ("" if known is None else ", as the checkpoint's run did")
+        )
+    return apart
 
 
 def _compare(one: Tensor, other: Tensor, mask: Tensor, dtype: torch.dtype, what: str) -> float:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lit_palm.models.base import Cache, Network
-from lit_palm.models.decoding import Decode, Decoding, decoding_form
+from lit_palm.models.decoding import Decode, Decoding, bytes_read_of, decoding_form
 from lit_palm.models.kernels import last_logits
 from lit_palm.rollout.endings import NOT_FINITE, Ending
 from lit_palm.rollout.engine import check_limits, check_request
@@ -90,6 +90,7 @@ class Scheduler:
         check_limits(max_batch_size=max_batch_size, max_slots=max_slots)
         self.network, self.pad_id, self.eos_id, self.decode = network, pad_id, eos_id, decode
         self.quick: Decode = decoding_form(network, decoding or Decoding())
+        self.bytes_read = bytes_read_of(self.quick)
         self.max_batch_size = math.inf if max_batch_size is None else max_batch_size
         self.max_queue = math.inf if max_queue is None else max_queue
         self.max_slots = math.inf if max_slots is None else max_slots
@@ -168,7 +169,7 @@ class Scheduler:
             if self.stale:
                 self._refresh()
             positions = self.positions[:, None]
-            with span("decode"):
+            with span("decode", self.bytes_read(len(self.rows))):
                 logits.append(self.quick(self.fed[:, None], positions=positions, cache=self.cache, head=last_logits))
         read = self._read()
         if read is not None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lit_palm.models.base import Network
-from lit_palm.models.decoding import Decode, Decoding, Weights, decoding_form
+from lit_palm.models.decoding import Decode, Decoding, Weights, bytes_read_of, decoding_form
 from lit_palm.models.kernels import last_logits
 from lit_palm.rollout.endings import NOT_FINITE, Ending
 from lit_palm.rollout.sampling import Sampling, filter_logits, sample, uniform
@@ -192,6 +192,7 @@ class _Batch:
         self.on_token = on_token
         self.endings = [Ending(sampling, eos_id, decode) for _ in prompts]
         self.network, self.quick, self.sampling = network, quick, sampling
+        self.bytes_read = bytes_read_of(quick)
         self.pad_id, self.eos_id, self.names = pad_id, eos_id, names
         self.prompts = prompts
         self.device = next(network.parameters()).device
@@ -219,7 +220,7 @@ class _Batch:
                 return
             tokens = self.compact(tokens)
             if step + 1 < self.sampling.max_new_tokens:
-                with span("decode"):
+                with span("decode", self.bytes_read(len(tokens))):
                     logits = self.quick(
                         tokens[:, None], positions=self.next_positions(), cache=self.cache, head=last_logits
                     )

@@ -13,7 +13,7 @@ from lit_palm.data.streamed_text import StreamedText
 from lit_palm.data.templates import encode_chat
 from lit_palm.data.tokenizers import Tokenizer
 from lit_palm.models.base import Network, ScalarNetwork
-from lit_palm.rollout.engine import CachedEngine
+from lit_palm.rollout.engine import CachedEngine, Engine
 from lit_palm.rollout.sampling import Sampling, row_seeds
 
 __all__ = ["Chat", "note"]
@@ -35,6 +35,7 @@ class Chat:
         system: system prompt.
         best_of: answers to choose from.
         reward: the network that scores them; needed when there are several.
+        engine: what samples; None: `CachedEngine()`.
     """
 
     def __init__(
@@ -46,9 +47,11 @@ class Chat:
         system: str | None = None,
         best_of: int = 1,
         reward: ScalarNetwork | None = None,
+        engine: Engine | None = None,
     ) -> None:
         self.network, self.tokenizer, self.sampling, self.seed = network, tokenizer, sampling, seed
         self.system, self.best_of, self.reward = system, best_of, reward
+        self.engine = engine or CachedEngine()
         self.turns: list[dict[str, str]] = []
         self.asked = 0
         """Questions so far, those taken back included: what the randomness of an answer comes from."""
@@ -161,20 +164,17 @@ class Chat:
         most = min(self.sampling.max_new_tokens, room)
         sampling = replace(self.sampling, max_new_tokens=most, min_new_tokens=min(self.sampling.min_new_tokens, most))
         seeds = row_seeds(self.seed, self.asked - 1, torch.arange(count))
-        return (
-            CachedEngine()
-            .generate(
-                self.network,
-                [prompt] * count,
-                sampling,
-                seeds,
-                pad_id=self.tokenizer.pad_id,
-                eos_id=self.tokenizer.eos_id,
-                decode=self.tokenizer.decode,
-                on_token=on_token,
-            )
-            .completions
+        generation = self.engine.generate(
+            self.network,
+            [prompt] * count,
+            sampling,
+            seeds,
+            pad_id=self.tokenizer.pad_id,
+            eos_id=self.tokenizer.eos_id,
+            decode=self.tokenizer.decode,
+            on_token=on_token,
         )
+        return generation.completions
 
     def reset(self) -> None:
         """Begin anew."""

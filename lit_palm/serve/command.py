@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from lit_palm.models.matrices import Weights
+
 __all__ = ["main", "model_name"]
 
 
@@ -38,6 +40,8 @@ def _parser() -> Any:
     add("--max_slots", type=int | None, help="Most slots of the KV cache, rows times the longest; None: no limit.")
     add("--max_tokens", type=int | None, help="Most new tokens of a request; None: what the context leaves.")
     add("--max_body", type=int, default=1_000_000, help="Most bytes of a request's body; more are refused with 413.")
+    add("--weights", type=Weights | None, help="Type of a PaLM's weights while it decodes.")
+    add("--compile", type=bool, default=False, help="Decode with torch.compile.")
     add("--drain_seconds", type=float, default=10.0, help="How long streams may go on after SIGTERM or ctrl-c.")
     return parser
 
@@ -75,6 +79,7 @@ def main(argv: Sequence[str]) -> int:
     os.environ["FASTAPI_OTEL_AUTO_CONFIGURE"] = "false"
     os.environ["OTEL_SDK_DISABLED"] = "true"
     from lit_palm.models.base import Network
+    from lit_palm.models.decoding import Decoding
     from lit_palm.modules.checkpoint import load_checkpoint_tokenizer, read_config
     from lit_palm.modules.weights import blueprint, load_network
     from lit_palm.rollout.continuous import Scheduler
@@ -100,6 +105,7 @@ def main(argv: Sequence[str]) -> int:
             decode=encoder.decode,
             max_batch_size=args.max_batch_size,
             max_slots=args.max_slots,
+            decoding=Decoding(args.weights, args.compile),
         )
 
     worker = Worker(load, args.max_batch_size + args.max_queue)

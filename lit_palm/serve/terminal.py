@@ -25,6 +25,8 @@ import torch
 
 from lit_palm.data.templates import encode_chat
 from lit_palm.models.base import Network, ScalarNetwork
+from lit_palm.models.matrices import Weights
+from lit_palm.rollout.engine import CachedEngine
 from lit_palm.rollout.sampling import Sampling
 from lit_palm.serve.chat import Chat, note
 
@@ -51,6 +53,8 @@ def _parser() -> Any:
         "--best_of", type=int, default=1, help="Sample so many answers and show the best; needs --reward."
     )
     parser.add_argument("--reward", type=str | None, help="Checkpoint of the reward model that chooses among them.")
+    parser.add_argument("--weights", type=Weights | None, help="Type of a PaLM's weights while it decodes.")
+    parser.add_argument("--compile", type=bool, default=False, help="Decode with torch.compile.")
     parser.add_class_arguments(Sampling, None)
     parser.set_defaults(max_new_tokens=256)
     return parser
@@ -187,7 +191,8 @@ def load(args: Any) -> Chat:
             module.to(device)
         if module is not None:
             module.eval()
-    return Chat(network, tokenizer, sampling, args.seed, args.system, args.best_of, reward)
+    engine = CachedEngine(weights=args.weights, compile=args.compile)
+    return Chat(network, tokenizer, sampling, args.seed, args.system, args.best_of, reward, engine)
 
 
 def main(argv: Sequence[str]) -> int:
