@@ -137,7 +137,8 @@ class Network(nn.Module, ABC):
             positions: [B, T] long; None: cumsum(mask) - 1, or counted from the cache's length.
             documents: [B, T] long, a token attends only within its document; None: one document a row. A network that
                 `takes_sequences` also takes `sequences` (`lit_palm.models.side_by_side`): the tokens [1, N] of several
-                rows side by side, with their positions, and how they make up these rows.
+                rows side by side, with their positions, and how they make up these rows. It may then give the head the
+                first `sequences.read` hidden states alone.
             cache: keys and values so far; the new ones are appended in place.
             head: called as head(hidden_BTD, weight_VD, logit_scale); its result is returned.
 
@@ -228,7 +229,8 @@ class ScalarNetwork(nn.Module):
     ) -> Tensor:
         """Scalar at every position: [B, T] in float32; arguments as for `Network.forward`.
 
-        Of tokens that are laid side by side it gives those of the rows that they make up; on padding, anything.
+        Of tokens that are laid side by side it gives those of the rows that they make up; on padding, and where they
+        are not to be read, anything.
         """
         options = {} if sequences is None else {"sequences": sequences}
 
@@ -236,7 +238,9 @@ class ScalarNetwork(nn.Module):
             return F.linear(hidden, local(self.head.weight), local(self.head.bias)).squeeze(-1)
 
         raw: Tensor = self.trunk(tokens, mask=mask, positions=positions, documents=documents, head=head, **options)
-        raw = raw.float() if sequences is None else raw.float().squeeze(0)[sequences.place]
+        raw = raw.float()
+        if sequences is not None:
+            raw = raw.squeeze(0)[sequences.place.clamp(max=raw.shape[1] - 1)]
         if self.pooling == "mean":
             assert documents is None, "a running mean knows nothing of packed documents"
             real = torch.ones_like(raw) if mask is None else mask.to(raw.dtype)

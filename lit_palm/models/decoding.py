@@ -28,8 +28,9 @@ from lit_palm.models.base import Cache, Head, Network
 from lit_palm.models.cache import PaLMCache
 from lit_palm.models.hardware import multiplies
 from lit_palm.models.kernels import last_logits
+from lit_palm.models.layers import Linear, QKNorm, rotate
 from lit_palm.models.matrices import Matrix, Weights
-from lit_palm.models.palm import Block, Linear, PaLM, QKNorm, rotate
+from lit_palm.models.palm import Block, PaLM
 
 __all__ = ["Decode", "Decoding", "Weights", "bytes_read_of", "decoding_form"]
 

@@ -33,8 +33,9 @@ from lit_palm.models.base import Cache, Head, Network, NetworkConfig
 from lit_palm.models.cache import PaLMCache
 from lit_palm.models.half import attention, linear
 from lit_palm.models.kernels import recomputed, split_swiglu
-from lit_palm.models.side_by_side import Seen, Sequences, collect, spread
-from lit_palm.models.weights import Fresh, fill, fresh_seed, give_memory, local
+from lit_palm.models.layers import Linear, Norm, QKNorm, rotate
+from lit_palm.models.side_by_side import Seen, Sequences, collect, put, spread
+from lit_palm.models.weights import Fresh, fill, fresh_seed, give_memory
 from lit_palm.types import has_float64
 
 __all__ = ["PaLM", "PaLMCache", "PaLMConfig"]
@@ -126,53 +127,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Names for `PaLMConfig.preset`; the two smallest fit a laptop, the others are the paper's."""
 
 
-class Linear(nn.Linear):
-    """A bias-free linear map that is also quick for the few rows of a decoding step."""
-
-    def __init__(self, d_in: int, d_out: int) -> None:
-        super().__init__(d_in, d_out, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
-
-
-class Norm(nn.LayerNorm):
-    """A bias-free LayerNorm, whose weight may be spread over processes that all normalise alike."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__(width, eps=eps, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.normalized_shape, local(self.weight), None, self.eps)
-
-
-class QKNorm(nn.Module):
-    """Normalises each head of queries or keys; see `PaLMConfig.qk_norm`."""
-
-    def __init__(self, kind: str, num_heads: int, head_dim: int, eps: float) -> None:
-        super().__init__()
-        self.kind, self.eps = kind, eps
-        self.weight = nn.Parameter(torch.ones(head_dim if kind == "l2" else (num_heads, head_dim)))
-        self.shared = False
-        """Heads of other processes are normalised by this weight too, so its gradients are to be summed."""
-        self.head: int | None = None
-        """The one head of several that this process has, where each has a weight of its own."""
-
-    def forward(self, x_BTHDh: Tensor) -> Tensor:
-        if self.kind == "l2":
-            normed = F.normalize(x_BTHDh, dim=-1)
-        else:
-            normed = F.layer_norm(x_BTHDh, x_BTHDh.shape[-1:], eps=self.eps)
-        weight = local(self.weight, self.shared)
-        return normed * (weight if self.head is None else weight[self.head])
-
-
-def rotate(x_BTHDh: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply RoPE to pairs (i, i + Dh/2) of every head; `sin` carries the minus sign of the first half."""
-    # the tables are float32 (or wider): a bfloat16 product would lose the phase of distant positions
-    return torch.addcmul(x_BTHDh * cos, x_BTHDh.roll(x_BTHDh.shape[-1] // 2, -1), sin).to(x_BTHDh.dtype)
-
-
 class Block(nn.Module):
     """One parallel block: x + Attention(norm(x)) + SwiGLU(norm(x)) (the paper's section 2)."""
 
@@ -211,10 +165,32 @@ class Block(nn.Module):
 
     def compute(self, x_BTD: Tensor, rope: tuple[Tensor, ...], bias: Seen, cache: PaLMCache | None) -> Tensor:
         """What `forward` gives."""
+        if isinstance(bias, Sequences) and bias.read is not None:
+            if type(getattr(self, "attn_ffn_in", None)) is not Linear:  # adapted or spread: it is not to be cut
+                return self.compute(x_BTD, rope, bias.whole(), cache)[:, : bias.read]
+            return self.compute_read(x_BTD, rope, bias, bias.read)
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
         qk, v, hidden = self.project(self.norm(x_BTD))
         q, k = self.queries_and_keys(qk.view(heads), rope)
-        out = self.join(self.attend(q, k, v.view(heads), bias, cache), hidden)
+        return self.add(x_BTD, self.attend(q, k, v.view(heads), bias, cache), hidden)
+
+    def compute_read(self, x_BTD: Tensor, rope: tuple[Tensor, ...], sequences: Sequences, read: int) -> Tensor:
+        """The last block's results for the tokens that are read, of which the others are but keys and values."""
+        x, rest = x_BTD.split((read, x_BTD.shape[1] - read), 1)
+        qk, v, hidden = self.project(self.norm(x))
+        q, k = self.queries_and_keys(qk.view(1, read, -1, self.head_dim), tuple(t[:, :read] for t in rope))
+        first = self.num_heads * self.head_dim
+        width = self.num_kv_heads * self.head_dim
+        kv = linear(self.norm(rest), self.attn_ffn_in.weight[first : first + 2 * width])
+        more = kv.view(1, rest.shape[1], 2, self.num_kv_heads, self.head_dim).unbind(2)
+        normed = more[0] if self.k_norm is None else self.k_norm(more[0])
+        k = torch.cat((k, rotate(normed, *(t[:, read:] for t in rope[-2:]))), 1)
+        v = torch.cat((v.view(1, read, -1, self.head_dim), more[1]), 1)
+        return self.add(x, self.attend(q, k, v, sequences, None), hidden)
+
+    def add(self, x_BTD: Tensor, attended: Tensor, hidden: Tensor) -> Tensor:
+        """The block's output from its input and both halves."""
+        out = self.join(attended, hidden)
         if self.training and self.dropout:
             out = F.dropout(out, self.dropout)
         return x_BTD + out
@@ -249,8 +225,9 @@ class Block(nn.Module):
         if isinstance(bias, Documents):
             return attend_within(q, k, v, bias, dropout).flatten(2)
         if isinstance(bias, Sequences):
-            q, k, v = (spread(t, bias) for t in (q, k, v))
-            return collect(self.attend(q, k, v, None, None), bias)
+            home = bias.home[: q.shape[1]]
+            rows = self.attend(put(q, home, bias), spread(k, bias), spread(v, bias), None, None)
+            return collect(rows, home)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self.index, k, v)
@@ -362,8 +339,9 @@ class PaLM(Network):
                 cache.pad(mask, x.dtype)
         rope = self.rope(tokens, mask, positions, cache)
         bias = sequences if sequences is not None else self.attention_bias(x, mask, documents, cache)
+        seen = bias.whole() if isinstance(bias, Sequences) else bias
         for block in self.layers:
-            x = block(x, rope, bias, cache)
+            x = block(x, rope, bias if block is self.layers[-1] else seen, cache)
         if cache is not None:
             cache.length += tokens.shape[1]
         hidden = self.norm(x)

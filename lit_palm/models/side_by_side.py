@@ -7,9 +7,12 @@ tokens are laid side by side, each once,
     prompt | what follows it in row 1 | what follows it in row 2 | prompt | ...
 
 and everything that treats tokens alone (embedding, norms, projections, feed-forward) runs on these. Attention alone
-needs whole rows: `spread` copies queries, keys and values to where they belong, plain causal attention runs on rows as
-they were, and `collect` takes back one result for each token. The log-probabilities are those of separate rows (up to
-rounding). Preferences (DPO) and samples (PPO, GRPO) are such rows.
+needs whole rows: `spread` copies keys and values to where they belong and `put` queries, plain causal attention runs
+on rows as they were, and `collect` takes back one result for each token. The log-probabilities are those of separate
+rows (up to rounding). Preferences (DPO) and samples (PPO, GRPO) are such rows.
+
+The network's result is read only where a target follows. Such tokens come first, so that its last block can leave the
+others, prompts for the most part, with their keys and values.
 """
 
 from __future__ import annotations
@@ -23,10 +26,13 @@ from torch.autograd.function import once_differentiable
 from lit_palm.models.attention import Documents
 from lit_palm.types import sent
 
-__all__ = ["Seen", "Sequences", "SideBySide", "collect", "side_by_side", "spread"]
+__all__ = ["Seen", "Sequences", "SideBySide", "collect", "put", "side_by_side", "spread"]
 
 WORTHWHILE = 0.96
 """Lay side by side when at most this share of the padded tokens is left: copying to and fro costs a little."""
+
+KEYS_AND_VALUES = 0.05
+"""What a token costs in a block that computes nothing else of it, in tokens."""
 
 
 class Sequences(NamedTuple):
@@ -40,6 +46,17 @@ class Sequences(NamedTuple):
     """[P] long: which of the N tokens stand in several rows."""
     copies: Tensor
     """[P, K] long: where in the flattened rows each of these stands; -1 where it stands in fewer than K."""
+    read: int | None = None
+    """The network is to give the hidden states of so many tokens, the first ones; None: of all."""
+
+    def whole(self) -> Sequences:
+        """The same, for what gives the hidden states of all tokens."""
+        return self._replace(read=None)
+
+    def to(self, device: torch.device) -> Sequences:
+        """The same on a device."""
+        place, home, shared, copies = (sent(t, device) for t in self[:4])
+        return Sequences(place, home, shared, copies, self.read)
 
 
 Seen = Tensor | Documents | Sequences | None
@@ -56,11 +73,16 @@ class SideBySide(NamedTuple):
     """[1, N] long."""
     sequences: Sequences
     source: Tensor
-    """[B, T] long: which of the N tokens each token of the rows is predicted from."""
+    """[B, T] long: which of the N tokens each token of the rows is predicted from; of a target one that is read."""
 
 
 def side_by_side(
-    tokens: Tensor, mask: Tensor, targets: Tensor, group: Tensor, device: torch.device | None = None
+    tokens: Tensor,
+    mask: Tensor,
+    targets: Tensor,
+    group: Tensor,
+    depth: int | None = None,
+    device: torch.device | None = None,
 ) -> SideBySide | None:
     """Lay rows side by side.
 
@@ -71,6 +93,7 @@ def side_by_side(
         mask: [B, T] bool, True where a token is real.
         targets: [B, T] bool, the tokens to be predicted; what comes before a row's first one is its prompt.
         group: [B] long.
+        depth: blocks of the network, if only what targets are predicted from is read; None: all tokens are.
         device: of the result; None: of the rows.
 
     Returns:
@@ -90,19 +113,32 @@ def side_by_side(
     copied = (place < common[:, None]) & (leader != torch.arange(rows))[:, None]
     own = (mask & ~copied).flatten()
     home = own.nonzero().squeeze(1)
-    if len(home) > WORTHWHILE * rows * width:
+    number = _numbered(home, copied, leader)
+    read, cost = None, float(len(home))
+    if depth is not None:
+        wanted = torch.zeros(len(home), dtype=torch.bool)
+        wanted[number[:, :-1][targets[:, 1:]]] = True
+        read = max(1, int(wanted.sum()))
+        cost -= (len(home) - read) * (1 - KEYS_AND_VALUES) / depth
+        home = home[(~wanted).long().argsort(stable=True)]
+        number = _numbered(home, copied, leader)
+    if cost > WORTHWHILE * rows * width:
         return None
-    number = torch.zeros(rows * width, dtype=torch.long)
-    number[home] = torch.arange(len(home))
-    number = number.view(rows, width)
-    number = torch.where(copied, number[leader], number)
-    sequences = Sequences(number, home, *_copies(number, common, by_group, first_row, sizes))
+    sequences = Sequences(number, home, *_copies(number, common, by_group, first_row, sizes), read)
     return SideBySide(
         tokens=sent(tokens.flatten()[home][None], device),
         positions=sent((home % width)[None], device),
-        sequences=Sequences(*(sent(t, device) for t in sequences)),
+        sequences=sequences.to(device),
         source=sent(number.roll(1, dims=1), device),
     )
+
+
+def _numbered(home: Tensor, copied: Tensor, leader: Tensor) -> Tensor:
+    """[B, T] which of the N tokens, whose places are given, stands here: a row's own, or one of its group's leader."""
+    number = torch.zeros(copied.numel(), dtype=torch.long)
+    number[home] = torch.arange(len(home))
+    number = number.view(copied.shape)
+    return torch.where(copied, number[leader], number)
 
 
 def _copies(
@@ -122,13 +158,19 @@ def _copies(
 
 def spread(values: Tensor, sequences: Sequences) -> Tensor:
     """[1, N, ...] of the tokens -> [B, T, ...] of the rows."""
-    rows = _Spread.apply(values[0], *sequences)
+    rows = _Spread.apply(values[0], *sequences[:4])
     return rows.view(*sequences.place.shape, *values.shape[2:])  # type: ignore[no-any-return]
 
 
-def collect(values: Tensor, sequences: Sequences) -> Tensor:
-    """[B, T, ...] of the rows -> [1, N, ...] of the tokens."""
-    return _Collect.apply(values.flatten(0, 1), sequences.home)[None]  # type: ignore[no-any-return]
+def put(values: Tensor, home: Tensor, sequences: Sequences) -> Tensor:
+    """[1, N, ...] of the first N tokens, whose places are given -> [B, T, ...] of the rows, zero elsewhere."""
+    shape = sequences.place.shape
+    return _Put.apply(values[0], home, shape.numel()).view(*shape, *values.shape[2:])  # type: ignore[no-any-return]
+
+
+def collect(values: Tensor, home: Tensor) -> Tensor:
+    """[B, T, ...] of the rows -> [1, N, ...] of the tokens whose places are given."""
+    return _Collect.apply(values.flatten(0, 1), home)[None]  # type: ignore[no-any-return]
 
 
 class _Spread(torch.autograd.Function):
@@ -164,3 +206,16 @@ class _Collect(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (home,) = ctx.saved_tensors
         return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, home, grad), None
+
+
+class _Put(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, home: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(home)
+        return values.new_zeros(rows, *values.shape[1:]).index_copy_(0, home, values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (home,) = ctx.saved_tensors
+        return grad.index_select(0, home), None, None

@@ -47,8 +47,8 @@ def language_model_output(
     options: dict[str, Any] = {"temperature": temperature, "entropy": entropy, "log_z": log_z, "extras": extras}
     packed = None
     if "group" in batch and "documents" not in batch and _takes(network, tokens.shape[1]):
-        rows = batch.host
-        packed = side_by_side(rows["tokens"], rows["mask"], targets, rows["group"], tokens.device)
+        rows, depth = batch.host, len(cast(Network, bare(network)).blocks())
+        packed = side_by_side(rows["tokens"], rows["mask"], targets, rows["group"], depth, tokens.device)
     result: dict[str, Any]
     if packed is None:
         head = TokenLogProbs(tokens, targets, **options)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +24,13 @@ __all__ = ["in_parts", "scalars"]
 
 
 def scalars(network: nn.Module, batch: Experience) -> Tensor:
-    """What a `ScalarNetwork` says at every token of the rows, [B, T]; on padding, anything."""
+    """What a `ScalarNetwork` says at the tokens that targets are predicted from, [B, T]; elsewhere, anything."""
     tokens = batch["tokens"]
     packed = None
     if _lays(network, batch):
-        rows = batch.host
-        packed = side_by_side(rows["tokens"], rows["mask"], rows["loss_mask"], rows["group"], tokens.device)
+        rows, scalar = batch.host, cast(ScalarNetwork, bare(network))
+        depth = len(scalar.trunk.blocks()) if scalar.pooling == "last" else None  # a mean is of all tokens
+        packed = side_by_side(rows["tokens"], rows["mask"], rows["loss_mask"], rows["group"], depth, tokens.device)
     if packed is None:
         values: Tensor = network(tokens)
         return values

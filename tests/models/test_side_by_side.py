@@ -62,13 +62,19 @@ GROUPS = [(9, [3, 5, 1]), (12, [2, 4, 4]), (7, [6, 1, 2]), (10, [3])]
         {"qk_norm": "layer"},
         {"num_kv_heads": 2},
         {"activation_checkpointing": True},
+        {"num_layers": 1},
     ],
 )
-def test_log_probabilities_and_gradients_are_those_of_separate_rows(changes: dict[str, object]) -> None:
+@pytest.mark.parametrize("depth", [None, 2])
+def test_log_probabilities_and_gradients_are_those_of_separate_rows(
+    changes: dict[str, object], depth: int | None
+) -> None:
     model = network(**changes)
     rows = rows_of(GROUPS)
-    found = side_by_side(*rows)
+    found = side_by_side(*rows, depth)
     assert found is not None
+    # a prompt's last token is read once, for the first tokens of all its completions
+    assert found.sequences.read == (None if depth is None else sum(sum(c) - len(c) + 1 for _, c in GROUPS))
     expected, given_ = separate(model, rows), together(model, rows, found)
     # float64: the same products added in another order
     torch.testing.assert_close(given_, expected, rtol=1e-10, atol=1e-10)
@@ -85,7 +91,7 @@ def test_every_token_is_computed_once() -> None:
     assert found is not None
     # prompts once, every completion, no padding
     assert found.tokens.shape == (1, sum(prompt + sum(parts) for prompt, parts in GROUPS))
-    place, home, shared, copies = found.sequences
+    place, home, shared, copies, _ = found.sequences
     assert torch.equal(found.tokens[0][place][mask], tokens[mask])
     assert torch.equal(found.positions[0][place][mask], torch.arange(tokens.shape[1]).expand_as(tokens)[mask])
     assert torch.equal(place.flatten()[home], torch.arange(len(home)))
@@ -101,13 +107,16 @@ def test_every_token_is_computed_once() -> None:
         st.tuples(st.integers(1, 12), st.lists(st.integers(1, 6), min_size=1, max_size=4)), min_size=1, max_size=4
     ),
     st.integers(0, 100),
+    st.sampled_from([None, 2]),
 )
-def test_whatever_the_lengths(groups: list[tuple[int, list[int]]], seed: int) -> None:
+def test_whatever_the_lengths(groups: list[tuple[int, list[int]]], seed: int, depth: int | None) -> None:
     model, rows = network(), rows_of(groups, seed, vocab=3)  # of two tokens, so that completions begin alike too
-    found = side_by_side(*rows)
+    found = side_by_side(*rows, depth)
     if found is None:
         return
-    assert found.tokens.numel() <= WORTHWHILE * rows[0].numel()
+    read = found.sequences.read or 0
+    assert found.tokens.numel() <= WORTHWHILE * rows[0].numel() or depth is not None
+    assert depth is None or torch.equal(found.source[rows[2]].unique(), torch.arange(read))
     weight = torch.rand(rows[0].shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     results = []
     for logps in (together(model, rows, found), separate(model, rows)):

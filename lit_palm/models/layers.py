@@ -1,0 +1,59 @@
+"""The small parts of a PaLM's block: linear maps, norms, rotary positions."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_palm.models.half import linear
+from lit_palm.models.weights import local
+
+__all__ = ["Linear", "Norm", "QKNorm", "rotate"]
+
+
+class Linear(nn.Linear):
+    """A bias-free linear map that is also quick for the few rows of a decoding step."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__(d_in, d_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+
+class Norm(nn.LayerNorm):
+    """A bias-free LayerNorm, whose weight may be spread over processes that all normalise alike."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__(width, eps=eps, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, local(self.weight), None, self.eps)
+
+
+class QKNorm(nn.Module):
+    """Normalises each head of queries or keys; see `PaLMConfig.qk_norm`."""
+
+    def __init__(self, kind: str, num_heads: int, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.kind, self.eps = kind, eps
+        self.weight = nn.Parameter(torch.ones(head_dim if kind == "l2" else (num_heads, head_dim)))
+        self.shared = False
+        """Heads of other processes are normalised by this weight too, so its gradients are to be summed."""
+        self.head: int | None = None
+        """The one head of several that this process has, where each has a weight of its own."""
+
+    def forward(self, x_BTHDh: Tensor) -> Tensor:
+        if self.kind == "l2":
+            normed = F.normalize(x_BTHDh, dim=-1)
+        else:
+            normed = F.layer_norm(x_BTHDh, x_BTHDh.shape[-1:], eps=self.eps)
+        weight = local(self.weight, self.shared)
+        return normed * (weight if self.head is None else weight[self.head])
+
+
+def rotate(x_BTHDh: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply RoPE to pairs (i, i + Dh/2) of every head; `sin` carries the minus sign of the first half."""
+    # the tables are float32 (or wider): a bfloat16 product would lose the phase of distant positions
+    return torch.addcmul(x_BTHDh * cos, x_BTHDh.roll(x_BTHDh.shape[-1] // 2, -1), sin).to(x_BTHDh.dtype)
