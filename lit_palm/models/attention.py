@@ -37,9 +37,9 @@ def find_documents(documents: Tensor) -> Documents | None:
     """
     if not documents.is_cpu or type(documents) is not Tensor or documents.numel() == 0:
         return None
-    if type(documents) is not Tensor:  # of a dry run or a mesh: its values cannot be looked at
-        return None
     changes = documents[:, 1:] != documents[:, :-1]
+    if type(changes) is not Tensor:  # of a dry run: there are no values
+        return None
     ordered = documents.sort(1).values
     if not torch.equal(changes.sum(1), (ordered[:, 1:] != ordered[:, :-1]).sum(1)):
         return None
