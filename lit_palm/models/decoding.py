@@ -203,17 +203,8 @@ class _PaLMDecoder:
         rope = [table.view(-1, 1, self.shape.head_dim) for table in trunk.rope(tokens, None, positions, cache)]
         bias = cache.bias_of(cache.length + 1)
         x = F.embedding(tokens[:, 0], trunk.embedding.weight).to(self.dtype)
-        place, window = cache.start + cache.length, slice(cache.start, cache.start + cache.length + 1)
-        used = [(k[: len(x)], v[: len(x)]) for k, v in cache.layers]
-        x = run(
-            self.shape,
-            self.layers,
-            x,
-            rope,
-            None if bias is None else bias[:, None, None],
-            [(k[:, :, place], v[:, :, place]) for k, v in used],
-            [(k[:, :, window], v[:, :, window]) for k, v in used],
-        )
+        bias = None if bias is None else bias[:, None, None]
+        x = run(self.shape, self.layers, x, rope, bias, cache.layers, cache.start, cache.start + cache.length)
         cache.length += 1
         return F.layer_norm(x, x.shape[1:], self.norm, None, trunk.norm.eps)
 
@@ -224,8 +215,9 @@ def _run(
     x: Tensor,
     rope: list[Tensor],
     bias: Tensor | None,
-    new: list[tuple[Tensor, Tensor]],
-    seen: list[tuple[Tensor, Tensor]],
+    slots: list[tuple[Tensor, Tensor]],
+    start: int,
+    place: int,
 ) -> Tensor:
     """All blocks for one token a row.
 
@@ -235,17 +227,20 @@ def _run(
         x: [B, D].
         rope: rows of the rotary tables, [B or 1, 1, Dh].
         bias: [B, 1, 1, S] added to the scores.
-        new: where each block's new keys and values go, [B, K, Dh].
-        seen: all keys and values with these, [B, K, S, Dh].
+        slots: each block's keys and values, [B or more, K, S or more, Dh]; whole, since `torch.compile` is not to be
+            given two views of memory of which it writes one.
+        start: the first slot in use.
+        place: the slot of this token, the last one in use.
     """
-    for layer, places, (keys, values) in zip(layers, new, seen, strict=True):
+    for layer, (keys, values) in zip(layers, slots, strict=True):
         fused = layer.entry(F.layer_norm(x, x.shape[1:], layer.norm, None, layer.eps))
         q, k, v, gate, up = _split(shape, layer, fused, rope)
-        places[0].copy_(k)
-        places[1].copy_(v)
+        keys, values = keys[: len(x)], values[: len(x)]
+        keys[:, :, place], values[:, :, place] = k, v
         # one query a row sees every slot: queries that share a key/value head become the rows of one product
         q = q.reshape(len(q), keys.shape[1], -1, shape.head_dim)
-        attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias).reshape(len(x), -1)
+        seen = keys[:, :, start : place + 1], values[:, :, start : place + 1]
+        attended = F.scaled_dot_product_attention(q, *seen, attn_mask=bias).reshape(len(x), -1)
         x = _leave(layer, attended, gate, up, x)
     return x
 
