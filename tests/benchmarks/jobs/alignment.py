@@ -93,7 +93,7 @@ def ppo(mode: Mode) -> Job:
 
 def dpo_memory(mode: Mode) -> Job:
     """A vocabulary that dwarfs a small network."""
-    tokens, ids = pick(mode, (2048, 131_072), (2048, 131_072), (24, 512))
+    tokens, ids = pick(mode, (2048, 131_072), (512, 131_072), (24, 512))
     body = {"d_model": 256, "num_layers": 2, "num_heads": 4} if mode != "short" else {}
     shape = {
         "size": network(mode, vocab_size=ids, **body),

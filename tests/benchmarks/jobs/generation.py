@@ -54,7 +54,7 @@ def mixed(mode: Mode) -> Job:
     """Geometric lengths."""
     shape = {
         "size": network(mode),
-        "prompts": pick(mode, 128, 48, 8),
+        "prompts": pick(mode, 128, 24, 8),
         "prompt": pick(mode, 64, 64, 4),
         "mean": pick(mode, 64, 64, 8),
         "longest": pick(mode, 256, 256, 16),
