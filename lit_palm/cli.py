@@ -74,7 +74,6 @@ def prepare_process() -> None:
         ".*You're resuming from a checkpoint that ended before the epoch ended.*",  # ours do resume exactly
         ".*The number of training batches.*is smaller than the logging interval.*",
         ".*in eval mode at the start of training.*",
-        ".*You have overridden `transfer_batch_to_device` in `LightningModule`.*",  # it is the one that is used
         ".*Total length of `list` across ranks is zero.*",  # no validation data
     ):
         warnings.filterwarnings("ignore", message)

@@ -94,23 +94,22 @@ class Experience(dict[str, Any]):
     def __setattr__(self, name: str, value: Any) -> None:
         self[name] = value
 
-    def __setitem__(self, name: str, value: Any) -> None:
-        self.__dict__.get("twins", {}).pop(name, None)
-        super().__setitem__(name, value)
-
-    def came_from(self, host: Experience) -> Experience:
-        """Remember the fields that this batch was copied from, for `host`; gives the batch."""
-        self.__dict__["twins"] = dict(host)
-        return self
+    def to(self, device: torch.device) -> Experience:
+        """The batch on a device, where `host` still gives it as it is here. Lightning moves batches by this."""
+        moved = Experience({k: sent(v, device) if isinstance(v, Tensor) else v for k, v in self.items()})
+        moved.__dict__["twins"] = {name: (moved[name], value) for name, value in self.items()}
+        return moved
 
     @property
     def host(self) -> Experience:
-        """The batch as the host has it still, where it was moved to a device; fields added since then as they are.
+        """The batch as the host has it still, where it was moved to a device; fields changed since then as they are.
 
         What decides shapes (which tokens are learned from, which rows make pairs) is found here: to find it on the
         device would mean to wait until it has done all that it was given to do.
         """
-        return Experience(self | self.__dict__.get("twins", {}))
+        twins = self.__dict__.get("twins", {})
+        found = {name: twins.get(name, (None, None)) for name in self}
+        return Experience({k: found[k][1] if found[k][0] is value else value for k, value in self.items()})
 
     @property
     def num_rows(self) -> int:

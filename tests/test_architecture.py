@@ -19,7 +19,7 @@ SOURCES = sorted((ROOT / "lit_palm").rglob("*.py"))
 MODULES = [path.relative_to(ROOT).as_posix() for path in SOURCES]
 
 MAX_LINES = 350
-# the whole network in one file by design; the two modules are lists of Lightning's hooks
+# configuration, block and network are read together; the two modules are lists of Lightning's hooks
 LONGER = {"lit_palm/models/palm.py": 440, "lit_palm/modules/host.py": 400, "lit_palm/modules/policy.py": 400}
 
 # Arrows point from a lower number to a higher one: a room imports rooms of its own or a lower number.

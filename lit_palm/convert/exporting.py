@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,7 @@ from lit_palm.foreign.network import Weights
 from lit_palm.models.base import NetworkConfig
 from lit_palm.models.palm import PaLMConfig
 from lit_palm.modules.checkpoint import Checkpoint, Role, export_folder
-from lit_palm.modules.shards import parse_size, write_shards
+from lit_palm.modules.shards import write_shards
 from lit_palm.modules.storage import is_local
 from lit_palm.modules.whole import WholeWeights
 from lit_palm.version import __version__
@@ -41,6 +42,9 @@ from lit_palm.version import __version__
 __all__ = ["Exported", "export_huggingface", "main", "prepare"]
 
 DTypes = Literal["auto", "float32", "float16", "bfloat16"]
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 @dataclass
@@ -151,6 +155,19 @@ def export_huggingface(exported: Exported, target: str, max_shard_size: int, nam
 def _write_json(folder: str, name: str, data: dict[str, Any]) -> None:
     with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
         json.dump(data, file, indent=2, ensure_ascii=False)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as `5GB`, `500MB`, `2GiB`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
+    size = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
+    if size < 1:
+        raise ValueError(f"--max_shard_size {text}: is no size; write 5GB or 500MB")
+    return size
 
 
 def main(argv: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -52,7 +53,8 @@ class SafetensorsFiles(Mapping[str, Tensor]):
         files: from `index_of`.
 
     Raises:
-        ValueError: a file is cut short or no safetensors file, named; or lacks a tensor that the index promises.
+        ValueError: a file is cut short or no safetensors file, named; or lacks a tensor that the index promises; or
+            a tensor is in several and no index says which counts.
     """
 
     def __init__(self, files: dict[str, Path] | list[Path]) -> None:
@@ -66,6 +68,11 @@ class SafetensorsFiles(Mapping[str, Tensor]):
                     f"{paths[0].parent}: {INDEX} promises {lost[0]}"
                     f"{f' and {len(lost) - 1} more' if len(lost) > 1 else ''}, which is not there: download it again"
                 )
+        else:
+            every = sorted(name for file in self._opened.values() for name in file.keys())  # noqa: SIM118
+            twice = next((one for one, other in itertools.pairwise(every) if one == other), None)
+            if twice is not None:
+                raise ValueError(f"{paths[0].parent}: {twice} is in several of its safetensors files")
         self._held = held
 
     @staticmethod

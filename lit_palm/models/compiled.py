@@ -7,8 +7,6 @@ of a weight changes; a copy of a network shares it. Decoding, whose cache grows 
 
 from __future__ import annotations
 
-import os
-import shutil
 from functools import cache
 from typing import Any
 
@@ -17,10 +15,30 @@ from torch import nn
 
 from lit_palm.models.palm import Block
 
-__all__ = ["compile_blocks"]
+__all__ = ["check_compiler", "compile_blocks"]
 
 BACKEND = "inductor"
-COMPILERS = ("g++", "clang++", "c++", "cl")
+
+
+def check_compiler(option: str) -> None:
+    """Refuse to compile where there is no C++ compiler, by what inductor itself would look for.
+
+    Args:
+        option: what asked for it, for the message.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ValueError(
+            f"{option}: torch.compile needs a C++ compiler and finds none: install one (g++ or clang++), set CXX to "
+            f"it, or leave {option} out"
+        ) from error
 
 
 @cache
@@ -37,7 +55,7 @@ def compile_blocks(network: nn.Module) -> None:
     blocks = [module for module in network.modules() if isinstance(module, Block)]
     if not blocks:
         raise ValueError(f"model.compile compiles the blocks of a PaLM, of which {type(network).__name__} has none")
-    if BACKEND == "inductor" and not any(map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))):
-        raise ValueError("model.compile needs a C++ compiler: install g++, name one in CXX, or leave model.compile out")
+    if BACKEND == "inductor":
+        check_compiler("model.compile")
     for block in blocks:
         block.compiled = _compiled(BACKEND)

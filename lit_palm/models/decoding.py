@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from lit_palm.models.adapted import View
 from lit_palm.models.base import Cache, Head, Network
 from lit_palm.models.cache import PaLMCache
+from lit_palm.models.compiled import check_compiler
 from lit_palm.models.hardware import multiplies
 from lit_palm.models.kernels import last_logits
 from lit_palm.models.layers import Linear, QKNorm, rotate
@@ -89,7 +90,7 @@ def bytes_read_of(decode: Decode) -> Callable[[int], int]:
     """
     if isinstance(decode, _PaLMDecoder):
         return decode.bytes_read
-    assert isinstance(decode, Network)
+    assert isinstance(decode, nn.Module)  # a wrapper of a strategy's may stand for the network
     total = sum(p.numel() * p.element_size() for p in decode.parameters())
     return lambda rows: total
 
@@ -252,16 +253,7 @@ def _compiled() -> Callable[..., Tensor]:
     Raises:
         ValueError: there is no compiler.
     """
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        raise ValueError(
-            "engine.compile: torch.compile needs a C++ compiler and finds none: install one (g++ or clang++), set CXX "
-            "to it, or leave compile out"
-        ) from error
+    check_compiler("engine.compile")
     return torch.compile(_run, dynamic=True)
 
 

@@ -9,6 +9,7 @@ how the weights are read. What is quick depends on the type and the processor al
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, ClassVar, Literal
@@ -125,7 +126,7 @@ class FloatMatrix(Matrix):
         return self.packed
 
 
-class NarrowMatrix(Matrix):
+class NarrowMatrix(Matrix, ABC):
     """A weight of fewer bits, on a processor that multiplies float32 numbers quickest.
 
     A few rows are bound by reading the weight, so that the narrow one is read; more by multiplying: a float32 form of
@@ -149,9 +150,9 @@ class NarrowMatrix(Matrix):
     def settle(self) -> None:
         self.widened(pack=False)
 
+    @abstractmethod
     def narrow(self, x: Tensor) -> Tensor:
         """The product with few rows."""
-        raise NotImplementedError
 
     def as_float(self) -> Tensor:
         """The weight in float32."""

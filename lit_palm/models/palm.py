@@ -1,4 +1,4 @@
-"""PaLM (Chowdhery et al. 2022), one file that reads top to bottom: configuration, block, network.
+"""PaLM (Chowdhery et al. 2022), top to bottom: configuration, block, network; `layers` has its small parts.
 
 Every block is y = x + Attention(norm(x)) + SwiGLU(norm(x)): attention and feed-forward read the same bias-free
 LayerNorm, so that one matrix multiplication makes queries, keys, values and both halves of the feed-forward. All query

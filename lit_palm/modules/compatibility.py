@@ -25,6 +25,7 @@ __all__ = [
     "check_rewards",
     "check_same_run",
     "check_sampling",
+    "samples_elsewhere",
     "config_of",
     "language_model_of",
 ]
@@ -270,17 +271,17 @@ def _check_lora(role: str, there: dict[str, Any] | None, here: dict[str, Any] | 
             )
 
 
-def check_sampling(engine: Engine, sampling: Sampling, rollout: RolloutConfig, objective: Objective) -> bool:
-    """Whether completions come from other kernels or older weights than those trained; the objective is told.
+def check_sampling(engine: Engine, sampling: Sampling, objective: Objective) -> None:
+    """Refuse settings of sampling.
 
     Raises:
         ValueError: nothing could be learned from the samples, or the engine cannot keep to the settings.
     """
-    samples = "rollouts" in objective.needs
-    if samples and sampling.temperature <= 0:
+    if "rollouts" in objective.needs and sampling.temperature <= 0:
         raise ValueError("sampling.temperature must be positive to learn from samples; 1.0 is usual")
     engine.check(sampling)
-    elsewhere = samples and (engine.apart or rollout.asynchronous)
-    if elsewhere:
-        objective.sampled_elsewhere()
-    return elsewhere
+
+
+def samples_elsewhere(engine: Engine, rollout: RolloutConfig, objective: Objective) -> bool:
+    """Whether completions come from other kernels or older weights than those trained."""
+    return "rollouts" in objective.needs and (engine.apart or rollout.asynchronous)

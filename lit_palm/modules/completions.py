@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lit_palm.models.adapted import sampling_from
 from lit_palm.models.base import Network
-from lit_palm.modules.handover import raise_everywhere
 from lit_palm.rollout.collector import assemble
 from lit_palm.rollout.engine_base import Generation
 from lit_palm.rollout.rewards import RewardBatch, reward_totals
@@ -63,7 +62,7 @@ def generate(module: LitPolicy, prompts: Sequence[Prompt], rows: Tensor, stream:
             raise
         failure = error
     if apart:
-        raise_everywhere(module.layout, failure)
+        module.layout.raise_everywhere(failure)
     return generation
 
 

@@ -46,7 +46,8 @@ def _evaluate(module: LitPolicy, batch: dict[str, Any]) -> list[dict[str, Any]]:
 
     def compute(rows: Experience) -> dict[str, Tensor]:
         # an engine that was seen to agree with a forward pass saves one
-        policy = rows["engine_logps"] if module.engine_agrees is True else module.policy_logps(rows)
+        trusted = module.engine_agrees is True and not module.engine.rounds
+        policy = rows["engine_logps"] if trusted else module.policy_logps(rows)
         return {"difference": policy - module.reference_logps(rows)}
 
     experience, scored = score(module, prompts, rows, generated)

@@ -78,26 +78,24 @@ class FiniteSteps:
         Raises:
             RuntimeError: this is one skipped step in a row too many; it names step and cause.
         """
-        if leaves_out(module, optimizer):
+        alone = leaves_out(module, optimizer)
+        if alone:
             optimizer.found_inf = None  # type: ignore[attr-defined]
         if not self.enabled:
             return True
         roles = list(module.networks)
         grads = (_flag(module.networks, role, module.device) for role in roles)
         flags = module.layout.everywhere(torch.stack([self._loss_flag(module.device), *grads])) > 0
-        bad = flags.any()
+        bad = counted = flags.any()
         counts = self._counts.to(module.device)
         trainer = module.trainer
-        if leaves_out(module, optimizer):
-            taken, counted = True, bad
-            leave_out(module, optimizer, bad)
-            looks = (trainer.global_step + 1) % max(1, trainer.log_every_n_steps) == 0  # type: ignore[attr-defined]
-        else:
-            taken, counted, looks = not bool(bad), bad, True
-            if not taken:
-                counted = bad & (not _scaler_overflowed(module, bool(flags[0])))
-                leave_out(module, optimizer, bad)
-                module.reset_step()
+        taken = alone or not bool(bad)
+        looks = not alone or (trainer.global_step + 1) % max(1, trainer.log_every_n_steps) == 0  # type: ignore[attr-defined]
+        if not taken and _scaler_overflowed(module, bool(flags[0])):
+            counted = ~bad
+        leave_out(module, optimizer, bad)
+        if not taken:
+            module.reset_step()
         self._counts = torch.stack([counts[0] + bad, torch.where(bad, counts[1] + counted, 0)])
         module.log("guard/skipped_steps", self._counts[0].float(), batch_size=1)
         if looks and self.max_in_a_row is not None and self.in_a_row >= self.max_in_a_row and bool(bad):
@@ -131,9 +129,8 @@ def leaves_out(module: LitModule, optimizer: Optimizer) -> bool:
     return fused and getattr(module.trainer.precision_plugin, "scaler", None) is None
 
 
-def leave_out(module: LitModule, optimizer: Optimizer, flag: Tensor) -> bool:
-    """Leave the step that is about to be taken out where a flag is set, with momentum and weight decay; whether the
-    host knows that it is.
+def leave_out(module: LitModule, optimizer: Optimizer, flag: Tensor) -> None:
+    """Leave the step that is about to be taken out where a flag is set, with momentum and weight decay.
 
     Args:
         module: its gradients are dropped where the optimiser must be kept from the step.
@@ -141,14 +138,12 @@ def leave_out(module: LitModule, optimizer: Optimizer, flag: Tensor) -> bool:
         flag: scalar bool, the same on every rank.
     """
     if leaves_out(module, optimizer):
+        # offloaded weights are on the host, where a flag on its way from the device would be read before it is there
+        flag = flag.float().to(optimizer.param_groups[0]["params"][0].device)
         before = optimizer.found_inf  # type: ignore[attr-defined]
-        flag = flag.float() if before is None else torch.maximum(before, flag.float())
-        optimizer.found_inf = flag  # type: ignore[attr-defined]
-        return False
-    if bool(flag):
+        optimizer.found_inf = flag if before is None else torch.maximum(before, flag)  # type: ignore[attr-defined]
+    elif bool(flag):
         module.drop_gradients(module.networks)
-        return True
-    return False
 
 
 def _flag(networks: Networks, role: str, device: torch.device) -> Tensor:

@@ -31,14 +31,12 @@ from lit_palm.models.palm import PaLMConfig
 from lit_palm.models.weights import named_weights
 from lit_palm.modules.shards import write_shards
 from lit_palm.parallel.sharded import clean_name, copy_whole
-from lit_palm.parallel.tensor import Joined
-from lit_palm.rollout.engine_base import Layout
-from lit_palm.rollout.remote_http import EngineError
+from lit_palm.rollout.engine_base import WeightsLayout
 
 if TYPE_CHECKING:
     from lit_palm.modules.policy import LitPolicy
 
-__all__ = ["Handover", "raise_everywhere", "whole_weights", "write_weights"]
+__all__ = ["Handover", "whole_weights", "write_weights"]
 
 SHARD_BYTES = 5 * 10**9
 """Of one file."""
@@ -53,14 +51,13 @@ class Handover:
 
     def __init__(self, module: LitPolicy) -> None:
         self.module = module
-        self.version: str | None = None
-        """Of the weights that the engine has; None: not known."""
-        self._step = -1
+        self._step: int | None = None
+        """After which the weights that the engine has were taken; None: not known."""
         self._run = ""
 
     def forget(self) -> None:
         """The weights may be others than they were."""
-        self.version = None
+        self._step = None
 
     def __call__(self) -> None:
         """Hand the weights over, unless the engine has them; by every process, between steps.
@@ -73,7 +70,7 @@ class Handover:
         if not engine.apart:
             return
         step = module.trainer.global_step
-        if self.version is not None and self._step == step:
+        if self._step == step:
             return
         layout = module.layout
         if isinstance(layout.strategy, ModelParallelStrategy) and layout.strategy.world_size > layout.size:
@@ -84,45 +81,40 @@ class Handover:
         # a name of this run's own, so that nobody else's weights are taken for these
         self._run = self._run or layout.gather(uuid.uuid4().hex[:8])[0]
         version = f"{step}-{self._run}"
-        weights = whole_weights(module.networks["policy"])
+        weights = whole_weights(module.networks["policy"], keep=module.global_rank == 0)
         error: Exception | None = None
         try:
             write = partial(self._write, weights) if module.global_rank == 0 else None
             engine.update(version, write)
         except Exception as found:
             error = found
-        raise_everywhere(layout, error)
-        self.version, self._step = version, step
+        layout.raise_everywhere(error)
+        self._step = step
 
-    def _write(self, weights: Mapping[str, Tensor], folder: str, layout: Layout) -> None:
+    def _write(self, weights: Mapping[str, Tensor], folder: str, layout: WeightsLayout) -> None:
         write_weights(folder, layout, self.module.network_config, weights, self.module.ready_tokenizer)
-
-
-def raise_everywhere(layout: Any, error: Exception | None) -> None:
-    """Where one process failed, all do, instead of waiting for it; by every process."""
-    told = layout.gather(None if error is None else str(error))
-    if error is not None:
-        raise error
-    first = next((text for text in told if text is not None), None)
-    if first is not None:
-        raise EngineError(first)
 
 
 # ---------------------------------------------------------------------------------------------- whole weights
 
 
 @torch.no_grad()
-def whole_weights(network: nn.Module) -> Mapping[str, Tensor]:
+def whole_weights(network: nn.Module, keep: bool = True) -> Mapping[str, Tensor]:
     """The weights of a network by the names that it has alone and unspread; by every process.
+
+    Args:
+        network: as the strategy spreads it.
+        keep: False helps others to put parts together, and keeps nothing.
 
     Raises:
         ValueError: they cannot be put together: FSDPStrategy with LoRA, or quantised matrices.
     """
     if isinstance(network, View):
-        return Joined(dict(_merged(network)))
+        return dict(_merged(network, keep))
     if isinstance(network, FSDP):
         network = copy_whole(network)
-    return Joined({clean_name(name): _full(tensor) for name, tensor in named_weights(network)})
+    named = ((clean_name(name), _full(tensor)) for name, tensor in named_weights(network))
+    return {name: tensor for name, tensor in named if keep}
 
 
 def _full(tensor: Tensor) -> Tensor:
@@ -130,7 +122,7 @@ def _full(tensor: Tensor) -> Tensor:
     return tensor.detach() if not isinstance(tensor, DTensor) else cast(DTensor, tensor.detach()).full_tensor().cpu()
 
 
-def _merged(view: View) -> Iterator[tuple[str, Tensor]]:
+def _merged(view: View, keep: bool) -> Iterator[tuple[str, Tensor]]:
     shared, role = view.adapted, view.role
     assert role is not None
     if isinstance(view.shared, FSDP):
@@ -156,14 +148,17 @@ def _merged(view: View) -> Iterator[tuple[str, Tensor]]:
             )
         a, b = _full(layer.lora_A[role].weight), _full(layer.lora_B[role].weight)
         magnitude = _full(layer.lora_magnitude_vector[role].weight) if lora.dora else None
-        yield name, merge(_full(tensor), a, b, lora.scale, magnitude, is_transposed(layer.get_base_layer()))
+        whole = _full(tensor)
+        if keep:
+            transposed = is_transposed(layer.get_base_layer())
+            yield name, merge(whole, a, b, lora.scale, magnitude, transposed).cpu()
 
 
 # ---------------------------------------------------------------------------------------------- on disk
 
 
 def write_weights(
-    folder: str, layout: Layout, config: NetworkConfig, weights: Mapping[str, Tensor], tokenizer: Any
+    folder: str, layout: WeightsLayout, config: NetworkConfig, weights: Mapping[str, Tensor], tokenizer: Any
 ) -> None:
     """A folder with a network's weights; it appears whole.
 

@@ -14,14 +14,13 @@ from lit_palm.models.adapted import sampling_from
 from lit_palm.models.base import Network, NetworkConfig
 from lit_palm.models.logprobs import TokenLogProbs
 from lit_palm.models.lora import LoRA
-from lit_palm.models.side_by_side import side_by_side
 from lit_palm.modules.host import LitModule, default_optimizer
 from lit_palm.modules.lora_stages import one_role
+from lit_palm.modules.parts import laid
 from lit_palm.modules.sharding import Sharding
 from lit_palm.modules.spread import Networks
 from lit_palm.objectives.base import Kind, Objective
 from lit_palm.objectives.language_modeling import LanguageModeling
-from lit_palm.parallel.sharded import bare
 from lit_palm.rollout.engine import CachedEngine, Engine
 from lit_palm.rollout.sampling import Sampling, row_seeds
 from lit_palm.types import Experience, Output
@@ -45,10 +44,7 @@ def language_model_output(
     """
     tokens, targets = batch["tokens"], batch.host["loss_mask"]
     options: dict[str, Any] = {"temperature": temperature, "entropy": entropy, "log_z": log_z, "extras": extras}
-    packed = None
-    if "group" in batch and "documents" not in batch and _takes(network, tokens.shape[1]):
-        rows, depth = batch.host, len(cast(Network, bare(network)).blocks())
-        packed = side_by_side(rows["tokens"], rows["mask"], targets, rows["group"], depth, tokens.device)
+    packed = laid(network, batch)
     result: dict[str, Any]
     if packed is None:
         head = TokenLogProbs(tokens, targets, **options)
@@ -63,12 +59,6 @@ def language_model_output(
     if extras:
         result["extra"] = {name: result.pop(name) for name in extras}
     return result
-
-
-def _takes(network: nn.Module, width: int) -> bool:
-    """Whether the network reads rows side by side; those it would refuse for their width it shall see as they are."""
-    network = bare(network)
-    return isinstance(network, Network) and network.takes_sequences and width <= network.config.max_length
 
 
 class LitLanguageModel(LitModule):

@@ -71,7 +71,9 @@ def _fingerprint(data: Any) -> str | None:
 def _arguments(module: LightningModule) -> dict[str, Any]:
     """The module's arguments, of objects the class with what is plain in it."""
     names = inspect.signature(type(module).__init__).parameters
-    return {name: _plain(getattr(module, name)) for name in names if name != "self" and hasattr(module, name)}
+    kept = {"compile": "_compiles"}  # every Module has a method of that name
+    places = {name: kept.get(name, name) for name in names if name != "self"}
+    return {name: _plain(getattr(module, place)) for name, place in places.items() if hasattr(module, place)}
 
 
 def _plain(value: Any) -> Any:

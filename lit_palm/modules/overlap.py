@@ -2,7 +2,8 @@
 
 When a collection begins, a thread starts on the completions of the one after it, with the weights of that moment. So
 collection k is sampled from the policy as it was when collection k - 1 began: it is one collection behind, and a
-function of the seed and of those weights alone. Its scores, log-probabilities and values are computed when its turn
+function of the seed and of those weights alone. (What replaces rejected samples, in later rounds, is sampled from the
+policy as it is.) Its scores, log-probabilities and values are computed when its turn
 comes, by the policy as it is then. What has been sampled ahead is a part of every checkpoint, so that a run that goes
 on is the run that never stopped; saving waits for it.
 
@@ -31,7 +32,6 @@ from torch import Tensor, nn
 from lit_palm.data.tokenizers import tokenizer_from_dict
 from lit_palm.models.adapted import View, sampling_from
 from lit_palm.models.base import Network
-from lit_palm.modules.handover import raise_everywhere
 from lit_palm.parallel.sharded import is_sharded
 from lit_palm.rollout.engine_base import Generation
 from lit_palm.rollout.sampling import row_seeds
@@ -62,6 +62,8 @@ class _Entry:
     step: int
     rows: Tensor
     """[B] global row numbers: this process's, or all of them from a checkpoint."""
+    prompts: list[Tensor]
+    """The ids that each continues."""
     done: Future[tuple[Generation, float]]
 
 
@@ -109,21 +111,29 @@ class Ahead:
         module = self.module
         self.wait()
         done: Future[tuple[Generation, float]] = Future()
-        self.entries[collection] = _Entry(module.trainer.global_step, rows, done)
+        self.entries[collection] = _Entry(module.trainer.global_step, rows, list(ids), done)
         job = self._job(collection, rows, list(ids))
         self._over.clear()
         self._thread = threading.Thread(target=_run, args=(job, done), name="lit-palm-ahead", daemon=True)
         self._thread.start()
 
-    def take(self, collection: int, rows: Tensor) -> Taken | None:
+    def take(self, collection: int, rows: Tensor, ids: Sequence[Tensor]) -> Taken | None:
         """The completions of a collection, waited for; None when they were not sampled ahead. They stay until `drop`.
+
+        A run that goes on with another size, seed or other prompts has others than the checkpoint's: also None.
+
+        Args:
+            collection: its number.
+            rows: [B] global row numbers of this process.
+            ids: the prompt of each.
 
         Raises:
             RuntimeError: sampling failed; on every process.
         """
         entry = self.entries.get(collection)
-        known = self.module.layout.gather(entry is not None)
-        if entry is None or not all(known):  # a checkpoint has them for all processes or for none
+        places = None if entry is None else _places(entry, rows, ids)
+        known = self.module.layout.gather(places is not None)
+        if entry is None or places is None or not all(known):  # all processes have them, or none
             self.entries.pop(collection, None)
             return None
         error, found = None, None
@@ -131,10 +141,9 @@ class Ahead:
             found = entry.done.result()
         except Exception as failure:
             error = failure
-        raise_everywhere(self.module.layout, error)
+        self.module.layout.raise_everywhere(error)
         assert found is not None
-        places = {row: place for place, row in enumerate(entry.rows.tolist())}
-        return Taken(_pick(found[0], [places[row] for row in rows.tolist()]), entry.step, found[1])
+        return Taken(_pick(found[0], places), entry.step, found[1])
 
     def drop(self, collection: int) -> None:
         """Forget completions that are in a collection now, and those before."""
@@ -155,10 +164,8 @@ class Ahead:
     def close(self) -> None:
         """End what is being sampled; it is lost."""
         self._over.set()
-        cancel = getattr(self.module.engine, "cancel", None)
         while self._thread is not None and self._thread.is_alive():
-            if cancel is not None:
-                cancel()
+            self.module.engine.cancel()
             self._thread.join(timeout=0.1)
         self._thread = None
 
@@ -169,7 +176,7 @@ class Ahead:
         module = self.module
         policy = cast(Network, module.network_of("policy"))
         apart = module.engine.apart
-        network = policy if apart else _copy(policy, self._over)
+        network, over = (policy if apart else _copy(policy)), self._over
         tokenizer = tokenizer_from_dict(module.ready_tokenizer.to_dict())  # not shared with a thread that encodes
         seeds = row_seeds(module.rollout.seed, collection, rows)
         threads, engine, sampling = torch.get_num_threads(), module.engine, module.sampling
@@ -177,6 +184,10 @@ class Ahead:
         # an engine elsewhere does not run the network, which goes on changing meanwhile
         numerics = nullcontext if apart else partial(_numerics, module.trainer.precision_plugin)
         merged = nullcontext() if apart else sampling_from(network)
+
+        def look(row: int, token: int) -> None:
+            if over.is_set():
+                raise Abandoned("sampling ahead was given up")
 
         def job() -> tuple[Generation, float]:
             torch.set_num_threads(threads)  # which is a thread's own setting, and may decide the last bits
@@ -190,6 +201,7 @@ class Ahead:
                     pad_id=tokenizer.pad_id,
                     eos_id=tokenizer.eos_id,
                     decode=tokenizer.decode,
+                    on_token=look,
                 )
             return generation, time.perf_counter() - started
 
@@ -203,7 +215,7 @@ class Ahead:
         found: dict[int, Any] = {}
         for number, entry in sorted(self.entries.items()):
             failed = entry.done.exception() is not None
-            part = None if failed else (entry.rows, entry.done.result()[0])
+            part = None if failed else (entry.rows, entry.prompts, entry.done.result()[0])
             parts = self.module.layout.gather(part)
             if any(p is None for p in parts):  # it is sampled when its turn comes
                 continue
@@ -217,7 +229,12 @@ class Ahead:
         for number, entry in state.items():
             done: Future[tuple[Generation, float]] = Future()
             done.set_result((_split(entry), 0.0))
-            self.entries[int(number)] = _Entry(int(entry["step"]), entry["rows"], done)
+            self.entries[int(number)] = _Entry(
+                int(entry["step"]),
+                entry["rows"],
+                list(entry["prompt_tokens"].split(entry["prompt_lengths"].tolist())),
+                done,
+            )
 
 
 def _close(ahead: weakref.ref[Ahead]) -> None:
@@ -238,20 +255,23 @@ def _numerics(plugin: Precision) -> AbstractContextManager[Any]:
     return plugin.forward_context() if isinstance(plugin, MixedPrecision) else nullcontext()
 
 
-def _copy(network: Network, over: threading.Event) -> Network:
-    """The network as it is, for a thread to run while the original changes; its passes end when `over` is set."""
+def _copy(network: Network) -> Network:
+    """The network as it is, for a thread to run while the original changes."""
     if isinstance(network, View):
         copied: nn.Module = copy.deepcopy(network.adapted)
         taken: Any = copied.view(network.role)  # type: ignore[operator]
     else:
         copied = taken = copy.deepcopy(network)
-
-    def look(module: nn.Module, args: Any) -> None:
-        if over.is_set():
-            raise Abandoned("sampling ahead was given up")
-
-    copied.requires_grad_(False).eval().register_forward_pre_hook(look)
+    copied.requires_grad_(False).eval()
     return cast(Network, taken)
+
+
+def _places(entry: _Entry, rows: Tensor, ids: Sequence[Tensor]) -> list[int] | None:
+    """Where rows with these prompts stand in an entry; None unless all of them do."""
+    held = {row: place for place, row in enumerate(entry.rows.tolist())}
+    places = [held.get(row, -1) for row in rows.tolist()]
+    same = all(place >= 0 and torch.equal(entry.prompts[place], i) for place, i in zip(places, ids, strict=True))
+    return places if same else None
 
 
 def _pick(generation: Generation, places: list[int]) -> Generation:
@@ -263,15 +283,20 @@ def _pick(generation: Generation, places: list[int]) -> Generation:
     )
 
 
-def _joined(parts: Sequence[tuple[Tensor, Generation]]) -> dict[str, Any]:
-    """Generations of several processes as flat tensors, in the order of their rows."""
-    rows = torch.cat([rows for rows, _ in parts])
-    order = rows.argsort()
-    completions = [c for _, generation in parts for c in generation.completions]
-    logps = [c for _, generation in parts for c in generation.logps]
-    reasons = [reason for _, generation in parts for reason in generation.finish_reason]
+def _joined(parts: Sequence[tuple[Tensor, list[Tensor], Generation]]) -> dict[str, Any]:
+    """Generations of several processes as flat tensors, in the order of their rows, each once."""
+    first: dict[int, int] = {}  # what came from a checkpoint every process has whole
+    for place, row in enumerate(torch.cat([rows for rows, _, _ in parts]).tolist()):
+        first.setdefault(row, place)
+    order = [first[row] for row in sorted(first)]
+    prompts = [p for _, prompts, _ in parts for p in prompts]
+    completions = [c for *_, generation in parts for c in generation.completions]
+    logps = [c for *_, generation in parts for c in generation.logps]
+    reasons = [reason for *_, generation in parts for reason in generation.finish_reason]
     return {
-        "rows": rows[order],
+        "rows": torch.tensor(sorted(first)),
+        "prompt_lengths": torch.tensor([len(prompts[i]) for i in order]),
+        "prompt_tokens": torch.cat([prompts[i] for i in order]),
         "lengths": torch.tensor([len(completions[i]) for i in order]),
         "tokens": torch.cat([completions[i] for i in order]),
         "logps": torch.cat([logps[i] for i in order]),

@@ -15,27 +15,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_palm.models.base import Network, ScalarNetwork
-from lit_palm.models.side_by_side import side_by_side
+from lit_palm.models.side_by_side import SideBySide, side_by_side
 from lit_palm.parallel.sharded import bare
 from lit_palm.rollout.lengths import cost_of_a_pass, parts_of_similar_length
 from lit_palm.types import Experience, Output
 
-__all__ = ["in_parts", "scalars"]
+__all__ = ["in_parts", "laid", "scalars"]
 
 
 def scalars(network: nn.Module, batch: Experience) -> Tensor:
     """What a `ScalarNetwork` says at the tokens that targets are predicted from, [B, T]; elsewhere, anything."""
-    tokens = batch["tokens"]
-    packed = None
-    if _lays(network, batch):
-        rows, scalar = batch.host, cast(ScalarNetwork, bare(network))
-        depth = len(scalar.trunk.blocks()) if scalar.pooling == "last" else None  # a mean is of all tokens
-        packed = side_by_side(rows["tokens"], rows["mask"], rows["loss_mask"], rows["group"], depth, tokens.device)
+    packed = laid(network, batch)
     if packed is None:
-        values: Tensor = network(tokens)
+        values: Tensor = network(batch["tokens"])
         return values
     values = network(packed.tokens, positions=packed.positions, sequences=packed.sequences)
     return values
+
+
+def laid(network: nn.Module, batch: Experience) -> SideBySide | None:
+    """The rows of a batch side by side, with their targets' predictions to be read; None: as they are."""
+    if not _lays(network, batch):
+        return None
+    network, rows = bare(network), batch.host
+    trunk = cast(Network, network.trunk if isinstance(network, ScalarNetwork) else network)
+    # a running mean is of all tokens
+    depth = None if isinstance(network, ScalarNetwork) and network.pooling == "mean" else len(trunk.blocks())
+    device = batch["tokens"].device
+    return side_by_side(rows["tokens"], rows["mask"], rows["loss_mask"], rows["group"], depth, device)
 
 
 def _lays(network: nn.Module, batch: Experience) -> bool:
@@ -55,8 +62,8 @@ def in_parts(
 ) -> Output:
     """What `compute` gives for a minibatch.
 
-    Rows stay together where all networks run them side by side; on an accelerator, since telling their lengths would
-    mean to wait for it; packed ones, which are of one length; and those without a group, which a data module has
+    Rows stay together where all networks run them side by side; on an accelerator, since cutting them would mean to
+    wait for it; packed ones, which are of one length; and those without a group, which a data module has
     sorted by length where that was asked for.
 
     Args:

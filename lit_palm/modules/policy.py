@@ -15,8 +15,9 @@ from lit_palm.models.adapted import is_view
 from lit_palm.models.base import Network, NetworkConfig
 from lit_palm.models.lora import LoRA
 from lit_palm.modules.checkpoint import Role
-from lit_palm.modules.compatibility import check_reference, check_rewards, check_sampling
+from lit_palm.modules.compatibility import check_reference, check_rewards, check_sampling, samples_elsewhere
 from lit_palm.modules.evaluation import evaluate_prompts, means_of_rows
+from lit_palm.modules.frozen import move_frozen, place_frozen, stays_away
 from lit_palm.modules.handover import Handover
 from lit_palm.modules.host import LitModule, default_optimizer
 from lit_palm.modules.language_model import language_model_output
@@ -29,7 +30,7 @@ from lit_palm.modules.spread import Networks
 from lit_palm.modules.weights import Blueprint, blueprint, fingerprint, over
 from lit_palm.objectives.base import Kind, Objective
 from lit_palm.objectives.ppo import PPO
-from lit_palm.parallel.sharded import is_sharded, roots
+from lit_palm.parallel.sharded import roots
 from lit_palm.rollout.collector import RolloutConfig
 from lit_palm.rollout.engine import CachedEngine, Engine
 from lit_palm.rollout.loader import RolloutLoader
@@ -57,7 +58,8 @@ class LitPolicy(LitModule):
         precompute_reference: compute the reference's log-probabilities of all data once, before training, and take the
             network off the device; for given data, not for rollouts.
         reference_update: let the reference follow the policy (an EMA, or TR-DPO's updates); None: it stays frozen.
-        value: checkpoint that the value network starts from; None: the first reward model's, else the policy's trunk.
+        value: checkpoint whose weights the value network starts from; None: the first reward model's, else the
+            policy's with a fresh head.
         rollout: sizes of a collection and of its minibatches.
         sampling: how completions are drawn, in training and validation; log-probabilities are taken at its temperature.
         engine: what samples.
@@ -66,9 +68,10 @@ class LitPolicy(LitModule):
         value_lr: learning rate of the value network; None: the optimiser's.
         clip_per_network: clip each network's gradient by its own norm rather than all together.
         overrides: fields to change in the configuration of the checkpoint's network, such as `dropout`.
-        sharding: how networks are spread where the Trainer's strategy spreads them.
+        sharding: how networks are spread where the Trainer's strategy spreads them, and what is kept off the device.
         lora: train adapters of policy and value on one frozen network, which is the reference too; None: all weights.
-        unfrozen_layers: train so many of the policy's topmost blocks (a value network's that starts as it too).
+        unfrozen_layers: train so many of the policy's topmost blocks and what is above them (of a value network that
+            starts as the policy too); None: everything.
         compile: run the network's blocks through `torch.compile`: for GPUs; the first steps take minutes. A PaLM only.
     """
 
@@ -106,14 +109,20 @@ class LitPolicy(LitModule):
         self.reference, self.value, self.value_lr = reference, value, value_lr
         self.reference_update = reference_update
         self.precomputed = PrecomputedReference() if precompute_reference else None
-        self.rollout, self.sampling = rollout or RolloutConfig(), sampling or Sampling()
+        self.rollout = rollout or RolloutConfig()
+        self.sampling = sampling or Sampling()
         self.engine: Engine = engine or CachedEngine()
         self.handover = Handover(self)
-        self.samples_elsewhere = check_sampling(self.engine, self.sampling, self.rollout, self.objective)
+        check_sampling(self.engine, self.sampling, self.objective)
+        self.samples_elsewhere = samples_elsewhere(self.engine, self.rollout, self.objective)
+        """Completions come from other kernels or older weights than those trained."""
+        if self.samples_elsewhere:
+            self.objective.sampled_elsewhere()
         # frozen networks stay out of the module tree: neither trained, synchronised, nor written into checkpoints
         self.frozen: dict[str, nn.Module] = {}
         self.rollouts: Rollouts | None = None
-        self._reference_id, self._validation_started = "", 0.0
+        self._reference_id = ""
+        self._validation_started = 0.0
         self.engine_agrees: bool | None = None
         """The engine's log-probabilities equalled those of training in the first collection; None: not known yet."""
         self.starts_as_reference = False
@@ -186,56 +195,41 @@ class LitPolicy(LitModule):
     def group_options(self, role: str) -> dict[str, Any]:
         return {"lr": self.value_lr} if role == "value" and self.value_lr is not None else {}
 
-    def _place_frozen(self, stage: str = "predict") -> None:
-        self.handover.forget()
-        self._move_frozen(self.sharding.frozen != "offloaded" or "rollouts" not in self.objective.needs)
-        for reward in self.rewards:
-            reward.network = self.frozen.get(f"reward/{reward.name}", reward.network)
-        if self.precomputed is not None and "reference" in self.objective.needs and stage != "predict":
-            sources = getattr(getattr(self.trainer, "datamodule", None), "sources", {})
-            stages = ("train", "validation") if stage == "fit" else (stage,)
-            used = [part for part in stages if part not in sources or sources[part][0] is not None]
-            known = [self.precomputed.fill(self, part) for part in used]
-            if all(known) and not is_sharded(self.frozen["reference"]) and not is_view(self.frozen["reference"]):
-                self.frozen["reference"].cpu()
-
-    def _move_frozen(self, to_device: bool) -> None:
-        """Whole frozen networks to the device, or back to the host; sharded ones see to it themselves."""
-        for network in self.frozen.values():
-            if not list(roots(network)) and not is_view(network):
-                network.to(self.device) if to_device else network.cpu()
-
     @contextmanager
     def uneven_passes(self) -> Iterator[None]:
-        offloaded = self.sharding.frozen == "offloaded" and "rollouts" in self.objective.needs
-        if offloaded:
-            self._move_frozen(True)
+        away = stays_away(self)
+        if away:
+            move_frozen(self, True)
         with super().uneven_passes():
             yield
-        if offloaded:
-            self._move_frozen(False)
+        if away:
+            move_frozen(self, False)
 
     def run_beside(self) -> list[nn.Module]:
         frozen = [root for network in self.frozen.values() if not is_view(network) for root in roots(network)]
         return [*super().run_beside(), *frozen]
 
     def on_fit_start(self) -> None:
-        self._place_frozen("fit")
+        self._begin("fit")
 
     def on_validation_start(self) -> None:
         self._validation_started = time.perf_counter()
         if self.trainer.state.fn == "validate":  # within fit they are in their place already
-            self._place_frozen("validation")
+            self._begin("validation")
 
     def on_validation_end(self) -> None:
         if self.rollouts is not None:  # is no part of the update
             self.rollouts.update_started += time.perf_counter() - self._validation_started
 
     def on_test_start(self) -> None:
-        self._place_frozen("test")
+        self._begin("test")
 
     def on_predict_start(self) -> None:
-        self._place_frozen()
+        self._begin("predict")
+
+    def _begin(self, stage: str) -> None:
+        self.handover.forget()
+        place_frozen(self, stage)
 
     def follow(self) -> None:
         """Let the reference follow the policy too, where an update is due, before the next batch or collection."""

@@ -93,7 +93,7 @@ class PrecomputedReference:
                     f"model.precompute_reference: {type(data).__name__} makes rows without a number of their own (such "
                     "as mismatched ones), whose log-probabilities cannot be looked up: leave it out"
                 )
-            moved = Experience({k: v.to(module.device) for k, v in batch.items() if isinstance(v, Tensor)})
+            moved = batch.to(module.device)
             with torch.no_grad(), module.numerics():
                 logps = module.reference_logps(moved, temperature=1.0).float().cpu()
             for row, number in enumerate(batch["row"].tolist()):

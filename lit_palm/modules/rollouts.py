@@ -169,7 +169,8 @@ class Rollouts:
         module, config = self.module, self.module.rollout
         prompts, rows = self._mine(collection, number)
         with span("rollout"):
-            generation = None if number else self._ahead_of(collection, rows)
+            ids = [p["prompt_ids"] for p in prompts]
+            generation = None if number else self._ahead_of(collection, rows, ids)
             fresh = generation is None
             if generation is None:
                 generation = generate(module, prompts, rows, collection)
@@ -184,7 +185,7 @@ class Rollouts:
             experience = merge([Experience(p) for p in module.layout.gather(dict(experience))], module.pad_id)
         self._num_sampled += int(experience["loss_mask"].sum())
         module.samples = as_samples(batch, experience if module.layout.size == 1 else None)
-        return self._settle_logps(experience, fresh)
+        return self._settle_logps(experience, fresh, number)
 
     def _mine(self, collection: int, number: int) -> tuple[list[Prompt], Tensor]:
         """This process's prompts of a round, one for each completion, and their global row numbers."""
@@ -197,17 +198,16 @@ class Rollouts:
         rows = ((number * config.num_prompts + mine)[:, None] * copies + torch.arange(copies)).flatten()
         return [self.prompts[order[i]] for i in mine.tolist() for _ in range(copies)], rows
 
-    def _ahead_of(self, collection: int, rows: Tensor) -> Generation | None:
+    def _ahead_of(self, collection: int, rows: Tensor, ids: list[Tensor]) -> Generation | None:
         """The completions that were sampled ahead, unless there are none or they are too stale."""
         if self.ahead is None:
             return None
-        taken = self.ahead.take(collection, rows)
+        taken = self.ahead.take(collection, rows, ids)
         behind = 0 if taken is None else self.module.trainer.global_step - taken.step
         limit = self.module.rollout.max_staleness
         if limit is not None and behind > limit:
             taken, behind = None, 0
         self.metrics["rollout/staleness"] = float(behind)
-        self.metrics["rollout/staleness_collections"] = float(behind > 0)
         if taken is None:
             return None
         self.metrics["rollout/overlapped_s"] = taken.seconds
@@ -231,16 +231,17 @@ class Rollouts:
     def trusts_engine(self) -> bool:
         """Whether the engine's log-probabilities stand in for those of a forward pass."""
         choice = self.module.rollout.old_logps
-        if choice == "auto" and self.module.samples_elsewhere:
+        if choice == "auto" and (self.module.samples_elsewhere or self.module.engine.rounds):
             return False
         return choice == "engine" or (choice == "auto" and self.module.engine_agrees is True)
 
-    def _settle_logps(self, experience: Experience, fresh: bool) -> Experience:
+    def _settle_logps(self, experience: Experience, fresh: bool, number: int) -> Experience:
         """Check the first collection; then leave the log-probabilities that the objective asked for.
 
         Args:
             experience: annotated.
             fresh: it was sampled from the policy as it is.
+            number: of the round; the first one's gap is told, which later ones do not share.
         """
         module, needs = self.module, self.module.objective.needs
         engine = experience["engine_logps"]
@@ -256,8 +257,8 @@ class Rollouts:
                 self.metrics["startup/engine_logratio"] = choose_logps(module, experience)
                 self.metrics["startup/trusts_engine"] = float(self.trusts_engine)
         experience.pop("engine_logps", None)
-        if module.samples_elsewhere and "old_logps" in experience:
-            cap = getattr(module.objective, "importance_cap", None)
+        if module.samples_elsewhere and "old_logps" in experience and not number:
+            cap = module.objective.importance_cap
             self.metrics |= importance_metrics(experience["old_logps"], engine, experience["loss_mask"], cap)
         if self.trusts_engine:
             experience["old_logps"] = engine

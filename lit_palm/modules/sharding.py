@@ -190,6 +190,19 @@ class Layout:
         dist.all_gather_object(parts, value, group=self.group)
         return parts
 
+    def raise_everywhere(self, error: Exception | None) -> None:
+        """Where one process failed, all do, instead of waiting for it; by every process.
+
+        Raises:
+            RuntimeError: with the words of the first that failed; there, its own error.
+        """
+        told = self.gather(None if error is None else str(error))
+        if error is not None:
+            raise error
+        first = next((text for text in told if text is not None), None)
+        if first is not None:
+            raise RuntimeError(first)
+
     def _settle(self) -> None:
         """Others may still be making passes that need this process."""
         if self._in_step is not None:

@@ -4,27 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
 
 from lit_palm.foreign.network import Weights
 from lit_palm.modules.safetensors_file import write_safetensors
 
-__all__ = ["parse_size", "write_shards"]
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as `5GB`, `500MB`, `2GiB`.
-
-    Raises:
-        ValueError: it is none.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
-    size = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
-    if size < 1:
-        raise ValueError(f"--max_shard_size {text}: is no size; write 5GB or 500MB")
-    return size
+__all__ = ["write_shards"]
 
 
 def write_shards(folder: str, weights: Weights, max_bytes: int) -> None:

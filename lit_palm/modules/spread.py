@@ -10,16 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import nn
 
 from lit_palm.models.adapted import AdaptedNetwork, split_name
 from lit_palm.models.compiled import compile_blocks
 from lit_palm.modules.sharding import Layout, Sharding, check_strategy
 from lit_palm.modules.weights import Blueprint
 from lit_palm.parallel.sharded import clean_name, roots
-from lit_palm.types import Experience, sent
 
 if TYPE_CHECKING:
     from lit_palm.modules.shared import SharedBlueprint
@@ -138,13 +136,6 @@ class SpreadModule(LightningModule):
     def run_beside(self) -> list[nn.Module]:
         """Every spread network that is run while the policy samples, in the same order on every process."""
         return list(roots(self.networks))
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Lightning's hook: what is trained on remembers what the host knows of it, so that no step waits for it."""
-        if not isinstance(batch, Experience):
-            return super().transfer_batch_to_device(batch, device, dataloader_idx)
-        moved = {name: sent(value, device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-        return Experience(moved).came_from(batch)
 
     # ------------------------------------------------------------------ what the optimiser gets
 

@@ -74,9 +74,8 @@ def check_first_ratio(module: LitPolicy, experience: Experience, num_rows: int =
 
     def logps(rows: Tensor) -> tuple[Tensor, Experience]:
         part = experience.select(rows)
-        moved = Experience({k: v.to(module.device) for k, v in part.items() if isinstance(v, Tensor)})
         with module.numerics():
-            return module.policy_logps(moved).float().cpu(), part
+            return module.policy_logps(part.to(module.device)).float().cpu(), part
 
     worst = 0.0
     training = module.networks.training
@@ -134,8 +133,8 @@ def choose_logps(module: LitPolicy, experience: Experience) -> float:
     if known is None:
         module.engine_agrees = apart <= ENGINE_TOLERANCE
     if module.rollout.old_logps == "auto":
-        own = module.engine_agrees and not module.samples_elsewhere
-        taken = "the engine's own" if own else "those of a forward pass of training"
+        assert module.rollouts is not None
+        taken = "the engine's own" if module.rollouts.trusts_engine else "those of a forward pass of training"
         why = "within" if apart <= ENGINE_TOLERANCE else "beyond"
         rank_zero_info(
             f"rollout.old_logps is auto: log-probabilities of the engine and of training differ by up to {apart:.1e} "

@@ -50,6 +50,9 @@ class Objective(ABC):
         value network), `reward` (scores), `entropy` and `log_z` (in the output)."""
         return frozenset()
 
+    importance_cap: float | None = None
+    """Where it cuts the ratios that it weighs tokens by, where completions come from elsewhere; None: it does not."""
+
     def sampled_elsewhere(self) -> None:  # noqa: B027
         """Told once, before training, that completions come from other kernels or older weights than those trained (a
         remote engine, asynchronous rollouts): an objective that can correct for it needs `rollout_logps` from then

@@ -135,8 +135,7 @@ def annotate(
     length, group = experience["mask"].sum(1), experience["group"]
     for part in parts_of_similar_length(length, cost_of_a_pass(device), group, batch_size):
         rows = experience.select(part)
-        moved = Experience({k: v.to(device) for k, v in rows.items() if isinstance(v, Tensor)})
-        for name, values in compute(moved).items():
+        for name, values in compute(rows.to(device)).items():
             if name not in experience:
                 experience[name] = torch.zeros(experience["tokens"].shape, dtype=torch.float32)
             experience[name][part, : values.shape[1]] = values.float().cpu()

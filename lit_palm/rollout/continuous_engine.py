@@ -40,6 +40,10 @@ class ContinuousEngine(Engine):
         self.max_batch_size, self.max_slots = max_batch_size, max_slots
         self.weights, self.compile = weights, compile
 
+    @property
+    def rounds(self) -> bool:
+        return self.weights is not None
+
     def generate(
         self,
         network: Network,

@@ -43,6 +43,10 @@ class CachedEngine(Engine):
         check_limits(max_batch_size=max_batch_size)
         self.max_batch_size, self.weights, self.compile = max_batch_size, weights, compile
 
+    @property
+    def rounds(self) -> bool:
+        return self.weights is not None
+
     @torch.no_grad()
     def generate(
         self,

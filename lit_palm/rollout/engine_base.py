@@ -16,9 +16,9 @@ from torch import Tensor
 from lit_palm.models.base import Network
 from lit_palm.rollout.sampling import Sampling
 
-__all__ = ["Engine", "Generation", "Layout", "check_limits", "check_request"]
+__all__ = ["Engine", "Generation", "WeightsLayout", "check_limits", "check_request"]
 
-Layout = Literal["lit-palm", "huggingface"]
+WeightsLayout = Literal["lit-palm", "huggingface"]
 """How weights lie in a folder: under their names here, or as transformers, vLLM and SGLang read them."""
 
 
@@ -46,6 +46,11 @@ class Engine(ABC):
     """True when it samples from weights of its own, elsewhere: the host hands the policy's over with `update` before
     completions are asked for, and objectives correct for what its kernels compute differently."""
 
+    @property
+    def rounds(self) -> bool:
+        """Whether it samples with weights that are rounded from the policy's: its log-probabilities are another's."""
+        return False
+
     def check(self, sampling: Sampling) -> None:  # noqa: B027
         """Refuse settings that it cannot keep to; called once, before anything is loaded.
 
@@ -53,7 +58,7 @@ class Engine(ABC):
             ValueError: naming the setting and the way out.
         """
 
-    def update(self, version: str, write: Callable[[str, Layout], None] | None) -> None:  # noqa: B027
+    def update(self, version: str, write: Callable[[str, WeightsLayout], None] | None) -> None:  # noqa: B027
         """Take over the policy's weights as they are now, where it is `apart`; no completion is under way meanwhile.
 
         Args:
@@ -63,6 +68,12 @@ class Engine(ABC):
 
         Raises:
             RuntimeError: they could not be handed over.
+        """
+
+    def cancel(self) -> None:  # noqa: B027
+        """Have a call of `generate` in another thread end soon, with an error; asked again until it has ended.
+
+        For an engine that does not call `on_token` as it goes; others are ended by an error from there.
         """
 
     @abstractmethod

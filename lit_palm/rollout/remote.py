@@ -9,7 +9,6 @@ see, and the server is told to load them.
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import shutil
@@ -23,14 +22,14 @@ import torch
 from torch import Tensor
 
 from lit_palm.models.base import Network
-from lit_palm.rollout.engine_base import Engine, Generation, Layout, check_limits, check_request
+from lit_palm.rollout.engine_base import Engine, Generation, WeightsLayout, check_limits, check_request
 from lit_palm.rollout.remote_http import Client, EngineError
 from lit_palm.rollout.remote_servers import SERVERS, LogProbs, ServerName
 from lit_palm.rollout.sampling import Sampling
 
 __all__ = ["EngineError", "RemoteEngine"]
 
-# rows of a network: number, ids so far, log-probabilities, how it ended
+# ids, log-probabilities, how it ended
 _Row = tuple[list[int], list[float], str]
 
 
@@ -119,7 +118,7 @@ class RemoteEngine(Engine):
                 "raw ones and sample at a temperature of 1"
             )
 
-    def update(self, version: str, write: Callable[[str, Layout], None] | None) -> None:
+    def update(self, version: str, write: Callable[[str, WeightsLayout], None] | None) -> None:
         """Write the weights below `weights_dir`, have the server load them, and remove the files."""
         self.version = version
         if write is None:
@@ -153,7 +152,7 @@ class RemoteEngine(Engine):
     ) -> Generation:
         """Sample one completion a prompt; see `Engine.generate`. The network tells its limits and is not run.
 
-        Tokens are reported to `on_token` when a row has ended.
+        Tokens are reported to `on_token` when all rows have ended.
 
         Raises:
             EngineError: the server cannot be reached, refuses, or answers with something else than was asked for.
@@ -182,17 +181,17 @@ class RemoteEngine(Engine):
         with ThreadPoolExecutor(self.concurrency // size, thread_name_prefix="lit-palm-remote") as pool:
             asked = [pool.submit(ask, order[i : i + size]) for i in range(0, len(order), size)]
             try:
-                wait(asked, return_when=FIRST_EXCEPTION)
+                done, _ = wait(asked, return_when=FIRST_EXCEPTION)
             finally:  # of one that failed, or when this thread is interrupted: nobody needs the others
                 if len(rows) < len(prompts):
                     client.stop()
                     pool.shutdown(wait=False, cancel_futures=True)
-            for future in asked:
-                if future.done() and not future.cancelled():
-                    future.result()
+            for future in done:  # the failure itself, not what was cancelled because of it
+                future.result()
         if on_token is not None:
-            for row, token in itertools.chain.from_iterable(((i, t) for t in rows[i][0]) for i in range(len(prompts))):
-                on_token(row, token)
+            for row in range(len(prompts)):
+                for token in rows[row][0]:
+                    on_token(row, token)
         ordered = [rows[row] for row in range(len(prompts))]
         return Generation(
             completions=[torch.tensor(ids, dtype=torch.long) for ids, _, _ in ordered],

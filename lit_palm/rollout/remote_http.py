@@ -122,7 +122,7 @@ class Client:
 
     def _pause(self, attempt: int, after: str | None) -> float:
         """Seconds before an attempt; the server may name them."""
-        pause = min(0.5 * 2 ** (attempt - 1), LONGEST_PAUSE)
+        pause = min(0.5 * 2 ** min(attempt - 1, 10), LONGEST_PAUSE)
         if after is not None and after.isdigit():
             pause = max(pause, min(float(after), LONGEST_PAUSE))
         return pause * random.uniform(0.75, 1.25)
@@ -133,6 +133,9 @@ class Client:
         with self._lock:
             self._open.add(connection)
         try:
+            connection.connect()
+            if self._stopped.is_set():  # before there was anything to close
+                raise EngineError(f"{self.url}: {method} {path} was cancelled")
             connection.request(method, path, body=data, headers=self._headers)
             answer = connection.getresponse()
             text = answer.read(MAX_BODY + 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
-from lit_palm.rollout.engine_base import Layout
+from lit_palm.rollout.engine_base import WeightsLayout
 from lit_palm.rollout.remote_http import Client, EngineError
 from lit_palm.rollout.sampling import Sampling
 
@@ -24,7 +24,7 @@ temperature and filters."""
 class Server(ABC):
     """One kind of server."""
 
-    layout: ClassVar[Layout] = "huggingface"
+    layout: ClassVar[WeightsLayout] = "huggingface"
     """How it reads weights."""
     logprobs: ClassVar[LogProbs] = "raw"
     """What its log-probabilities are unless it was started otherwise."""

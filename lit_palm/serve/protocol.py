@@ -62,11 +62,11 @@ def _clean(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """How to stream."""
 
     include_usage: bool | None = None
@@ -77,7 +77,7 @@ class StreamOptions(_Strict):
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
-class _Request(_Strict):
+class _Request(Strict):
     """What both kinds of request share. None means the default everywhere, as clients send it."""
 
     model: str

@@ -16,19 +16,19 @@ from pathlib import Path
 
 import torch
 from pydantic import ConfigDict
-from safetensors import SafetensorError, safe_open
 
+from lit_palm.foreign.safetensors_files import SafetensorsFiles
 from lit_palm.models.base import Network
 from lit_palm.models.weights import named_weights
-from lit_palm.serve.protocol import APIError, _Strict
+from lit_palm.serve.protocol import APIError, Strict
 
 __all__ = ["UpdateRequest", "folder_below", "load_weights"]
 
 
-class UpdateRequest(_Strict):
+class UpdateRequest(Strict):
     """The body of `/update_weights_from_disk`."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(protected_namespaces=())
 
     model_path: str
     weight_version: str | None = None
@@ -68,40 +68,28 @@ def load_weights(network: Network, folder: str) -> None:
     """
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
-        raise APIError(400, f"{folder} holds no safetensors files", "model_path", "invalid_value")
+        raise _refused(f"{folder} holds no safetensors files")
+    try:
+        found = SafetensorsFiles(files)
+    except ValueError as error:
+        raise _refused(str(error)) from error
     own = dict(named_weights(network))
-    places: dict[str, Path] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - no mapping
-                    _check(name, tuple(opened.get_slice(name).get_shape()), own, places, file)
-                    places[name] = file
-        except (SafetensorError, OSError) as error:
-            raise APIError(400, f"{file} cannot be read as safetensors ({error})", "model_path") from error
-    if lacking := sorted(own.keys() - places.keys()):
-        raise APIError(400, f"{folder} lacks {_some(lacking)}, which the network has", "model_path", "invalid_value")
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                own[name].copy_(opened.get_tensor(name))
+    for name in found:
+        if name not in own:
+            raise _refused(f"{folder}: {name} is no weight of the network that is served")
+        if found.shape(name) != tuple(own[name].shape):
+            raise _refused(
+                f"{folder}: {name} has the shape {list(found.shape(name))}, in the network it is "
+                f"{list(own[name].shape)}: the server must have been started from a checkpoint of the same network"
+            )
+    if lacking := sorted(own.keys() - found.keys()):
+        raise _refused(f"{folder} lacks {_some(lacking)}, which the network has")
+    for name, tensor in found.items():
+        own[name].copy_(tensor)
 
 
-def _check(
-    name: str, shape: tuple[int, ...], own: dict[str, torch.Tensor], places: dict[str, Path], file: Path
-) -> None:
-    if name not in own:
-        raise APIError(400, f"{file}: {name} is no weight of the network that is served", "model_path", "invalid_value")
-    if name in places:
-        raise APIError(400, f"{file}: {name} is in {places[name].name} too", "model_path", "invalid_value")
-    if shape != tuple(own[name].shape):
-        raise APIError(
-            400,
-            f"{file}: {name} has the shape {list(shape)}, in the network it is {list(own[name].shape)}: the server "
-            "must have been started from a checkpoint of the same network",
-            "model_path",
-            "invalid_value",
-        )
+def _refused(why: str) -> APIError:
+    return APIError(400, why, "model_path", "invalid_value")
 
 
 def _some(names: list[str]) -> str:

@@ -104,7 +104,7 @@ class Worker:
         self.streams: set[Stream] = set()
         self._inbox: queue.SimpleQueue[tuple[str, Stream | Update | None]] = queue.SimpleQueue()
         # an update waits for the rows that were begun before it, and what was asked for after it waits for the update
-        self._behind: deque[tuple[str, Stream | Update]] = deque()
+        self._behind: deque[Stream | Update] = deque()
         self._outbox: list[tuple[Stream, Event]] = []
         self._thread = threading.Thread(target=self._run, name="lit-palm-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop
@@ -192,7 +192,7 @@ class Worker:
             self._flush()
         for handle in [*scheduler.rows, *scheduler.joining, *scheduler.waiting]:
             scheduler.cancel(handle)
-        for _, asked in self._behind:
+        for asked in self._behind:
             if isinstance(asked, Update):
                 self._call(_settle, asked.done, APIError(503, "the server is shutting down", code="draining"))
             else:
@@ -213,19 +213,19 @@ class Worker:
                 return False
             if kind == "close":
                 assert isinstance(asked, Stream)
-                if ("open", asked) in self._behind:
-                    self._behind.remove(("open", asked))
+                if asked in self._behind:
+                    self._behind.remove(asked)
                     self._drop(asked)
                 for handle in asked.handles:
                     scheduler.cancel(handle)
             else:
-                self._behind.append((kind, asked))
+                self._behind.append(asked)
                 self._proceed(scheduler)
 
     def _proceed(self, scheduler: Scheduler) -> None:
         """Begin what has been asked for, in its order, up to an update that must wait for rows under way."""
         while self._behind:
-            asked = self._behind[0][1]
+            asked = self._behind[0]
             if isinstance(asked, Update):
                 if scheduler.busy:
                     return

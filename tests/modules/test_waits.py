@@ -10,6 +10,7 @@ import torch
 
 from lit_palm.callbacks import NonFiniteGuard, Throughput
 from lit_palm.models import palm
+from lit_palm.types import Experience
 from tests.modules.waits import Last, Waits
 from tests.support import (
     demonstration_data,
@@ -69,3 +70,15 @@ def test_what_must_wait_does_and_is_seen(tmp_path: Path) -> None:
     module = language_model(optimizer=lambda params: torch.optim.SGD(params, lr=1e-2))
     found = waits(module, text_data(tmp_path), tmp_path)
     assert all(0 < names.count("_local_scalar_dense") <= 3 for names in found), found
+
+
+def test_a_moved_batch_gives_what_the_host_has_of_it_and_nothing_stale() -> None:
+    batch = Experience(tokens=torch.ones(2, 3), mask=torch.ones(2, 3, dtype=torch.bool), group=torch.zeros(2))
+    moved = batch.to(torch.device("meta"))
+    assert moved["tokens"].is_meta and moved.host["tokens"] is batch["tokens"]
+    moved.update(mask=torch.zeros(2, 3))
+    moved |= {"group": torch.ones(2)}
+    del moved["tokens"]
+    moved["values"] = torch.ones(2, 3)
+    assert set(moved.host) == {"mask", "group", "values"}
+    assert all(moved.host[name] is moved[name] for name in moved)

@@ -16,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lit_palm.types import Experience
+
 METHODS = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__"}
 """Of these some do nothing on the host that would be seen below."""
 OPERATIONS = {
@@ -92,11 +94,14 @@ class Waits(Callback):
 
         def moved(batch: Any, device: Any, dataloader_idx: int) -> Any:
             found = transfer(batch, device, dataloader_idx)
-            if not hasattr(found, "came_from"):
+            if not isinstance(found, Experience):
                 return found
-            copies = type(found)({k: v.clone() if isinstance(v, Tensor) else v for k, v in found.items()})
+            copies = Experience({k: v.clone() if isinstance(v, Tensor) else v for k, v in found.items()})
             self.mark(list(copies.values()))
-            return copies.came_from(batch)
+            # what the batch itself remembers of the host, and nothing else
+            twins = found.__dict__.get("twins", {})
+            copies.__dict__["twins"] = {name: (copies[name], value) for name, (_, value) in twins.items()}
+            return copies
 
         pl_module.transfer_batch_to_device = moved
 
