@@ -7,13 +7,14 @@ derivatives of graphs (`aot_eager`), one to machine code, and the slow ones do b
 from __future__ import annotations
 
 import copy
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor import cpp_builder
+from torch._inductor.exc import InvalidCxxCompiler
 
 from lit_palm.models import PaLMConfig, TokenLogProbs, compiled
 from lit_palm.models.compiled import compile_blocks
@@ -154,6 +155,10 @@ def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ValueError, match=r"compiles the blocks of a PaLM, of which Linear has none"):
         compile_blocks(torch.nn.Linear(2, 2))
     monkeypatch.setattr(compiled, "BACKEND", "inductor")
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler: install g\+\+"):
+
+    def none() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    with pytest.raises(ValueError, match=r"model.compile: torch.compile needs a C\+\+ compiler"):
         compile_blocks(PaLMConfig(vocab_size=10).build())

@@ -55,9 +55,9 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     settle = Rollouts._settle_logps
 
-    def record(self: Rollouts, experience: Any, fresh: bool) -> Any:
+    def record(self: Rollouts, experience: Any, *how: Any) -> Any:
         engine = experience["engine_logps"].clone()
-        settled = settle(self, experience, fresh)
+        settled = settle(self, experience, *how)
         old, mask = settled["old_logps"], settled["loss_mask"]
         found.append({"tokens": settled["tokens"].clone(), "engine": engine, "old": old.clone(), "mask": mask,
                       "metrics": dict(self.metrics)})  # fmt: skip

@@ -116,4 +116,4 @@ def test_without_a_compiler_there_is_one_clear_error(network: PaLM) -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "CXX": "/nonexistent"}
     )
     assert "engine.compile: torch.compile needs a C++ compiler and finds none" in found.stdout, found.stderr
-    assert "leave compile out" in found.stdout
+    assert "leave engine.compile out" in found.stdout
