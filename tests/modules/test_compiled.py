@@ -7,6 +7,7 @@ derivatives of graphs (`aot_eager`), one to machine code, and the slow ones do b
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
