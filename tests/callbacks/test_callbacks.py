@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lit_palm import callbacks
-from lit_palm.callbacks import LearningRate, ProgressBar, SampleLogger, Throughput
+from lit_palm.callbacks import LearningRate, ProgressBar, SampleLogger, Throughput, progress
 from lit_palm.callbacks.samples import format_samples
 
 TOKENS_A_BATCH = 32
@@ -286,6 +286,19 @@ def test_progress_bar_names_the_stage(make_trainer, tmp_path, capsys) -> None:
     for text in ("reward model 1/2", "reward model 2/2", "reward model: validation", "trying out validation"):
         assert text in screen
     assert "v_num" not in screen and "Epoch" not in screen and "DataLoader" not in screen
+
+
+@pytest.mark.parametrize("seconds, looks", [(0.0, 8), (1e9, 0)])
+def test_the_bar_reads_metrics_no_oftener_than_it_says(make_trainer, monkeypatch, seconds: float, looks: int) -> None:
+    """To read them means to wait for the device; with the end of the epoch it reads them in any case."""
+    read = []
+    real = progress.TQDMProgressBar.get_metrics
+    monkeypatch.setattr(progress, "EVERY", seconds)
+    monkeypatch.setattr(
+        progress.TQDMProgressBar, "get_metrics", lambda bar, *given: read.append(bar._may_lag) or real(bar, *given)
+    )
+    make_trainer(enable_progress_bar=True, callbacks=[ProgressBar()], limit_val_batches=0).fit(BoringModule())
+    assert sum(read) == looks and len(read) > sum(read)
 
 
 def test_progress_bar_has_a_name_of_its_own_or_none(make_trainer, capsys) -> None:
