@@ -38,8 +38,8 @@ __all__ = ["Decode", "Decoding", "Weights", "bytes_read_of", "decoding_form"]
 Decode = Callable[..., Any]
 """Called like `Network.forward`."""
 
-FEWEST_TOKENS = 32
-"""Tokens of a row from which packing the weights, which takes as long as a few steps, is soon made up for."""
+FEWEST_TOKENS = 16
+"""Tokens of a row from which packing the weights, which takes as long as a few steps, is made up for."""
 
 
 @dataclass(frozen=True)
@@ -282,8 +282,4 @@ def _leave(layer: _Layer, attended: Tensor, gate: Tensor, up: Tensor, x: Tensor)
     """x + both halves of a block, [B, D]."""
     if len(layer.exit) == 2:
         return layer.exit[1].add(F.silu(gate).mul_(up), layer.exit[0].add(attended, x))
-    width = attended.shape[1]
-    both = attended.new_empty(len(x), width + gate.shape[1])
-    both[:, :width] = attended
-    torch.mul(F.silu(gate), up, out=both[:, width:])
-    return layer.exit[0].add(both, x)
+    return layer.exit[0].add(torch.cat((attended, F.silu(gate).mul_(up)), 1), x)

@@ -9,6 +9,7 @@ how the weights are read. What is quick depends on the type and the processor al
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache
@@ -25,6 +26,9 @@ from lit_palm.models.kernels import thin_linear
 __all__ = ["Matrix", "Weights"]
 
 Weights = Literal["bf16", "int8"]
+
+ROWS = 256
+"""Rows of a weight that are transposed at a time."""
 
 
 class Matrix:
@@ -87,8 +91,9 @@ class CastMatrix(Matrix):
 class FloatMatrix(Matrix):
     """A float32 weight for a processor, in two copies that are made when they are first of use.
 
-    For a single row it is transposed, which is read in order and as quickly as memory gives it; for several it is in
-    oneDNN's own layout (here 0.7 and 0.6 to 0.9 times the time of `F.linear`).
+    For a single row it is transposed and cut into as many parts of the inputs as there are threads, each of which reads
+    its part in order: a product of one row and one matrix keeps to a single thread. For several rows it is in oneDNN's
+    own layout. Here 0.3 to 0.6 and 0.4 to 0.9 times the time of `F.linear`.
     """
 
     def __init__(self, parts: Sequence[Tensor]) -> None:
@@ -98,26 +103,33 @@ class FloatMatrix(Matrix):
 
     def __call__(self, x: Tensor) -> Tensor:
         if len(x) == 1:
-            return x @ self._transposed()
+            return self._single(x).sum(0)
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._in_blocks(), None, "none", [], "")
         return result
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         if len(x) == 1:
-            return torch.addmm(residual, x, self._transposed())
+            return self._single(x).sum(0).add_(residual)
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, residual, self._in_blocks(), None, "add")
         return result
 
     def num_bytes(self, rows: int) -> int:
         return sum(part.numel() for part in self.parts) * 4
 
-    def _transposed(self) -> Tensor:
+    def _single(self, x: Tensor) -> Tensor:
+        """Products of one row's parts with those of the weight, [parts, 1, O]."""
         if self.single is None:
-            shape = sum(part.shape[1] for part in self.parts), len(self.parts[0])
+            inputs, outputs = sum(part.shape[1] for part in self.parts), len(self.parts[0])
             # numpy asks for large pages, which spares a tenth of the time to read them
-            self.single = torch.from_numpy(numpy.empty(shape, numpy.float32))
-            torch.cat([part.t() for part in self.parts], out=self.single)
-        return self.single
+            transposed = torch.from_numpy(numpy.empty((inputs, outputs), numpy.float32))
+            first = 0
+            for part in self.parts:
+                last = first + part.shape[1]
+                for row in range(0, outputs, ROWS):  # both sides of a piece stay in the cache: half the time
+                    transposed[first:last, row : row + ROWS] = part[row : row + ROWS].t()
+                first = last
+            self.single = transposed.view(math.gcd(inputs, torch.get_num_threads()), -1, outputs)
+        return torch.bmm(x.view(len(self.single), 1, -1), self.single)
 
     def _in_blocks(self) -> Tensor:
         if self.packed is None:
