@@ -1,14 +1,15 @@
 """Programs in processes of their own that need not import the framework again: forked from one that has done so.
 
-A fresh interpreter spends some seconds on importing torch and Lightning, each rank of a run again, which is most of what
-a tiny training takes. Here a server imports them once, on first use, and every program starts as a fork of it: in a
+A fresh interpreter spends some seconds on importing torch and Lightning, and so does each rank of a run: most of what a
+tiny training takes. Here a server imports them once, on first use, and every program starts as a fork of it: in a
 session of its own, with arguments, environment, folder and output of its own, and with no module of the program or of
-a plugin imported. It ends with the process that started it.
+a plugin imported. The server ends with the process that started it.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.context
 import os
 import runpy
 import signal
@@ -22,11 +23,18 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["Program", "run_program"]
+__all__ = ["Program", "run_program", "warm_context"]
 
 PRELOADED = ("lightning.pytorch.cli", "lit_palm.callbacks", "lit_palm.cli", "lit_palm.data", "lit_palm.modules")
 SHARED_FATE = 20.0
 """Seconds that the other ranks have left to say what they think of a failed one."""
+
+
+def warm_context() -> multiprocessing.context.ForkServerContext:
+    """The standard library's context `forkserver`, with the framework imported in its server."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    return context
 
 
 class Program:
@@ -52,8 +60,7 @@ class Program:
         folder: Path | None = None,
         ranks: int = 1,
     ) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(PRELOADED))
+        context = warm_context()
         self.output = output
         output.mkdir(parents=True, exist_ok=True)
         variables = dict(os.environ if environment is None else environment)

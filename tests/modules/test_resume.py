@@ -10,9 +10,6 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from lit_palm.callbacks import LastCheckpoint
 from lit_palm.modules.checkpoint import read_checkpoint
 from lit_palm.modules.reference import ReferenceUpdate
 from lit_palm.optim import CosineWithWarmup
+from lit_palm.testing.processes import Program
 from tests.support import (
     config,
     everything,
@@ -244,31 +242,16 @@ def test_the_step_that_loggers_see_goes_on(tmp_path: Path) -> None:
     assert steps[1:] == [4, 5, 6, 7, 8]
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-from lit_palm.callbacks import LastCheckpoint
-from tests.modules.test_resume import job, trainer
-folder = Path(sys.argv[1])
-module, data = job("policy", folder, 2)
-run = trainer(folder, callbacks=[LastCheckpoint(str(folder / "killed"), every_n_steps=1)], max_epochs=100000,
-              gradient_clip_val=0.5, accumulate_grad_batches=2)
-run.fit(module, datamodule=data)
-"""
-
-
 def test_kill_9_then_resume_equals_straight(tmp_path: Path) -> None:
     path = tmp_path / "killed" / "last.ckpt"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path)], cwd=ROOT, env=environment,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    process = Program("tests.modules.endless_run", [str(tmp_path)], tmp_path / "log", environment, ROOT)
     deadline = time.monotonic() + 240
     while not path.exists():
         assert process.poll() is None and time.monotonic() < deadline, "the run made no checkpoint"
         time.sleep(0.01)
     time.sleep(0.2)  # some steps later, at no particular place
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
     step = read_checkpoint(path) and torch.load(path, weights_only=True)["global_step"]
     runs = Runs("policy", tmp_path, 2, max_steps=step + 5)
     expected, _ = runs.straight()
