@@ -26,7 +26,7 @@ import torch
 __all__ = ["Program", "run_program", "warm_context"]
 
 PRELOADED = ("lightning.pytorch.cli", "lit_palm.callbacks", "lit_palm.cli", "lit_palm.data", "lit_palm.modules")
-SHARED_FATE = 20.0
+SHARED_FATE = 10.0
 """Seconds that the other ranks have left to say what they think of a failed one."""
 
 
@@ -78,11 +78,15 @@ class Program:
 
     @property
     def stdout(self) -> str:
-        return (self.output / "stdout").read_text(encoding="utf-8", errors="replace")
+        return self._said("stdout")
 
     @property
     def stderr(self) -> str:
-        return (self.output / "stderr").read_text(encoding="utf-8", errors="replace")
+        return self._said("stderr")
+
+    def _said(self, name: str) -> str:
+        path = self.output / name  # which the new process makes
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
     def poll(self) -> int | None:
         """The status, or None while it runs; -N where signal N ended it."""

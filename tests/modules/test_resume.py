@@ -54,6 +54,19 @@ class Deadly(LastCheckpoint):
         raise Killed
 
 
+class Keeps(LastCheckpoint):
+    """Saves after every step and keeps it all, with how many batches there had been."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder), every_n_steps=1, keep_last=1000)
+        self.batches: list[Tensor] = []
+        self.counts: dict[int, int] = {}
+
+    def _save(self, trainer: Trainer) -> None:
+        super()._save(trainer)
+        self.counts.setdefault(trainer.global_step, len(self.batches))
+
+
 def cosine(optimizer: torch.optim.Optimizer) -> Any:
     return CosineWithWarmup(optimizer, warmup_steps=2, max_steps=20)
 
@@ -89,6 +102,8 @@ class Runs:
         module, data = job(self.name, self.folder, self.accumulate)
         run = trainer(self.folder, callbacks=[callback] if callback else [], **{**self.flags, **flags})
         with recorded(module) as batches:
+            if isinstance(callback, Keeps):
+                callback.batches = batches
             try:
                 run.fit(module, datamodule=data, ckpt_path=path)
             except Killed:
@@ -98,13 +113,10 @@ class Runs:
     def straight(self) -> Result:
         return self.run()
 
-    def killed_after(self, step: int) -> Result:
-        """Saved and killed after a step, then resumed from the file."""
-        place = self.folder / "killed"
-        shutil.rmtree(place, ignore_errors=True)
-        _, first = self.run(callback=Deadly(str(place), every_n_steps=step))
-        state, rest = self.run(place / "last.ckpt")
-        return state, first + rest
+    def resumed(self, kept: Keeps, step: int, order: list[Tensor]) -> Result:
+        """Resumed from what a run kept after a step; with the batches until then, those of a run cut off there."""
+        state, rest = self.run(self.folder / "kept" / f"step-{step:08d}.ckpt")
+        return state, order[: kept.counts[step]] + rest
 
     def prolonged(self, **shorter: Any) -> Result:
         """Run to an earlier end, then resumed from the checkpoint that its end left."""
@@ -119,11 +131,16 @@ def check(runs: Runs, *, stride: int = 1) -> None:
     expected, order = runs.straight()
     steps = expected["step"]
     assert steps >= 4
+    # what a run publishes after a step is the same whether or not it is killed then: one run leaves all of it
+    kept = Keeps(runs.folder / "kept")
+    state, batches = runs.run(callback=kept)
+    same(expected, state, "saved after every step: ")
+    same(order, batches, "saved after every step: batch ")
     # after the very last step there is nothing left to resume but a validation, which Lightning then leaves out
     for step in range(1, steps, stride):
-        state, batches = runs.killed_after(step)
-        same(expected, state, f"killed after step {step}: ")
-        same(order, batches, f"killed after step {step}: batch ")
+        state, batches = runs.resumed(kept, step, order)
+        same(expected, state, f"resumed after step {step}: ")
+        same(order, batches, f"resumed after step {step}: batch ")
     shorter = (
         [{"max_steps": s} for s in range(1, steps, 2 * stride)]
         if "max_steps" in runs.flags

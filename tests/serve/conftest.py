@@ -102,8 +102,7 @@ class Server:
     @property
     def log(self) -> list[str]:
         """What it has said so far."""
-        path = self.process.output / "stderr"
-        return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        return self.process.stderr.splitlines(keepends=True)
 
     def client(self, **options: Any) -> Any:
         """The official client."""
