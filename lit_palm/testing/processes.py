@@ -149,6 +149,7 @@ def _begin(
     if environment.get("OMP_NUM_THREADS", "").isdigit():  # the library has read it long ago
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     sys.argv[:] = [module, *arguments]
+    multiprocessing.set_start_method(None, force=True)  # processes that the program starts are those of a fresh one
     if ranks == 1:
         _become(module)
         return
