@@ -9,9 +9,11 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing import start_processes
 from torch.optim.lr_scheduler import LRScheduler
 
 from lit_palm.optim import Adafactor, CosineWithWarmup, LinearWithWarmup, PaLMSchedule, fuse
+from lit_palm.testing.processes import warm_context
 
 SHAPES = [(7, 5), (11,), (3, 4, 6), (1,)]
 
@@ -178,7 +180,8 @@ def sharded_run(rank: int, folder: str) -> None:
 
 
 def test_sharded_parameters_give_the_same_as_whole_ones(tmp_path) -> None:
-    torch.multiprocessing.spawn(sharded_run, (str(tmp_path),), nprocs=2)
+    warm_context()
+    start_processes(sharded_run, (str(tmp_path),), nprocs=2, start_method="forkserver")
     params = parameters()[:2]
     for factored in (False, True):
         run(Adafactor(params, lr=0.05, factored=factored), params, 4)

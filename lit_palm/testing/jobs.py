@@ -11,8 +11,8 @@ import logging
 import os
 import signal
 import string
-import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +38,7 @@ from lit_palm.rollout.rewards import PythonReward
 from lit_palm.rollout.sampling import Sampling
 from lit_palm.testing.batches import DataKind
 from lit_palm.testing.entries import class_path, entry_of
+from lit_palm.testing.processes import run_program
 from lit_palm.testing.rows import lower_case, write_rows
 from lit_palm.testing.subject import GROUP, Factory, Subject, class_and_arguments
 
@@ -280,12 +281,13 @@ def quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def command(arguments: Sequence[str], cls: type, timeout: float = 300) -> str:
+def command(arguments: Sequence[str], cls: type, ranks: int = 1, timeout: float = 300) -> str:
     """What `python -m lit_palm` prints, as another process that can import what this one can.
 
     Args:
         arguments: the command line.
         cls: a class that it must be able to import; its module's folder joins the path.
+        ranks: how many processes run it, started as by `torchrun`.
         timeout: seconds.
 
     Raises:
@@ -295,16 +297,11 @@ def command(arguments: Sequence[str], cls: type, timeout: float = 300) -> str:
     home = Path(module.__file__ or ".").resolve().parents[cls.__module__.count(".")]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS)}
     environment["PYTHONPATH"] = os.pathsep.join([str(home), *(p for p in sys.path if p)])
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lit_palm", *arguments], env=environment, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # with the other ranks
-        out, err = process.communicate()
+    environment["OMP_NUM_THREADS"] = "1"
+    with tempfile.TemporaryDirectory() as output:
+        done = run_program("lit_palm", arguments, Path(output), environment, ranks=ranks, timeout=timeout)
+    err = done.stderr
+    if done.returncode == -signal.SIGKILL:
         err += f"\nstopped after {timeout:g} seconds: do all processes run the same number of forward passes?"
-    assert process.returncode == 0, f"lit-palm {' '.join(arguments)} failed:\n{err[-3000:] or out[-3000:]}"
-    return out
+    assert done.returncode == 0, f"lit-palm {' '.join(arguments)} failed:\n{err[-3000:] or done.stdout[-3000:]}"
+    return done.stdout

@@ -72,7 +72,7 @@ class ObjectiveRuns(Subject):
         cls, _ = class_and_arguments(objective)
         class_path(cls)
         job = Job(self, objective, tmp_path)
-        command(["fit", "--config", str(job.write_config(2))], cls)
+        command(["fit", "--config", str(job.write_config(2))], cls, ranks=2)
         one = job.fit()
         saved = torch.load(tmp_path / "cli" / "last.ckpt", weights_only=True)
         assert saved["global_step"] == one.trainer.global_step, (

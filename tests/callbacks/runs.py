@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from lit_palm.testing.processes import Program
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,13 +23,10 @@ class Run:
 
     def __init__(self, folder: Path, settings: dict[str, Any], **environment: str) -> None:
         self.folder = folder
-        folder.mkdir(exist_ok=True)
         surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "LIT_PALM_CACHE": str(folder / "cache"), **environment}
-        command = [sys.executable, "-m", "tests.callbacks.guarded_run", str(folder), json.dumps(settings)]
-        with open(folder / "stderr", "w") as stderr:
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, env=surroundings, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True
-            )
+        # Lightning starts the other ranks, as it does for a user: who ends whom is what the guards are tested for
+        arguments = [str(folder), json.dumps(settings)]
+        self.process = Program("tests.callbacks.guarded_run", arguments, folder, surroundings, ROOT)
 
     def pid(self, rank: int) -> int:
         return int((self.folder / f"rank{rank}.pid").read_text())
@@ -52,7 +49,7 @@ class Run:
 
     @property
     def stderr(self) -> str:
-        return (self.folder / "stderr").read_text()
+        return self.process.stderr
 
     def left(self) -> list[int]:
         """Processes of the run that still exist."""

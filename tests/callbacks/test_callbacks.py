@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 from lit_palm import callbacks
 from lit_palm.callbacks import LearningRate, ProgressBar, SampleLogger, Throughput, progress
 from lit_palm.callbacks.samples import format_samples
+from lit_palm.testing.processes import warm_context
 
 TOKENS_A_BATCH = 32
 
@@ -204,7 +206,9 @@ class OneGroup(BoringModule):
 def test_tokens_of_all_ranks_are_counted(make_trainer, tmp_path) -> None:
     logger = CSVLogger(tmp_path, name="", version="")
     throughput = Throughput(peak_flops=1e9)
-    flags = {"devices": 2, "strategy": "ddp_spawn", "log_every_n_steps": 2, "limit_val_batches": 0}
+    warm_context()
+    strategy = DDPStrategy(start_method="forkserver")
+    flags = {"devices": 2, "strategy": strategy, "log_every_n_steps": 2, "limit_val_batches": 0}
     make_trainer(logger=logger, callbacks=[throughput], **flags).fit(OneGroup())
     assert logged(tmp_path, "num_tokens") == {1: 2 * 2 * TOKENS_A_BATCH, 3: 2 * 4 * TOKENS_A_BATCH}
 

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from lit_palm.testing.processes import run_program
 
 ROOT = Path(__file__).parents[2]
 
 
 def deaths(folder: Path, *arguments: str) -> str:
-    command = [sys.executable, "-m", "tests.callbacks.deaths", str(folder), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    run = run_program("tests.callbacks.deaths", [str(folder), *arguments], folder / "log", environment, ROOT,
+                      timeout=1800)  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr[-4000:]
     return run.stdout
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -22,8 +21,11 @@ from lit_palm.callbacks import LastCheckpoint, RolloutWriter, Timeline
 from lit_palm.callbacks.trace_file import OPERATORS, TraceFile
 from lit_palm.modules.rollouts import PHASES
 from lit_palm.rollout.rewards import PythonReward
+from lit_palm.testing.processes import run_program
 from lit_palm.timing import Span, Stopwatch, listen, span, unlisten
 from tests.support import language_model, policy, prompt_data, text_data, trainer
+
+ROOT = Path(__file__).parents[2]
 
 # ------------------------------------------------------------------------------------------ spans
 
@@ -277,7 +279,9 @@ run.fit(language_model(), datamodule=text_data(folder, validation=None))
 
 
 def test_a_run_that_is_killed_leaves_a_valid_trace(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, check=False)
+    (tmp_path / "dying_run.py").write_text(KILLED)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = run_program("dying_run", [str(tmp_path)], tmp_path / "log", environment, ROOT)
     assert done.returncode == 9, done.stderr[-2000:]
     assert sum(e["name"] == "step" for e in spans_of(tmp_path / "trace.json")) == 3
     assert [p.name for p in tmp_path.glob("*trace*")] == ["trace.json"]

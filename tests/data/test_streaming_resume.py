@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from lit_palm.callbacks import MixtureShares
 from lit_palm.data import StreamingTextData, TextSource
+from lit_palm.testing.processes import run_program
 from tests.data.stream_files import shards
 from tests.modules.test_resume import Deadly, Killed
 from tests.support import adamw, config, everything, language_model, recorded, same, trainer
@@ -180,19 +179,11 @@ torch.save(batches, folder / f"{'rest' if path else 'first'}{runner.global_rank}
 
 def test_two_processes_share_a_stream_and_end_together(tmp_path: Path) -> None:
     _, order = run(tmp_path, {"max_epochs": 1}, {"exhausted": "stop"})
-    script = tmp_path / "job.py"
-    script.write_text(PROCESSES)
-    command = [sys.executable, str(script), str(tmp_path)]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    (tmp_path / "shared_stream.py").write_text(PROCESSES)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for arguments in ([], [str(tmp_path / "two" / "last.ckpt")]):
-        result = subprocess.run(
-            [*command, *arguments],
-            cwd=ROOT,
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
+        given = [str(tmp_path), *arguments]
+        result = run_program("shared_stream", given, tmp_path / "log", environment, tmp_path, ranks=2, timeout=240)
         assert result.returncode == 0 or (tmp_path / "first1.pt").exists(), result.stderr[-3000:]
     ranks = [torch.load(tmp_path / f"first{r}.pt") + torch.load(tmp_path / f"rest{r}.pt") for r in range(2)]
     assert len(ranks[0]) == len(ranks[1]) == len(order)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from lit_palm.demo.run import addition_recipe, overrides, plugin_rows, ratings_recipe, relocate
+from lit_palm.testing.processes import run_program
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,9 +69,9 @@ def test_overrides_set_the_seed_of_every_random_choice() -> None:
 
 def test_short_run_of_the_addition_recipe(tmp_path: Path) -> None:
     target = tmp_path / "addition"
-    command = [sys.executable, "-m", "lit_palm.demo", "run", "--recipe", "addition", "--fast", "--folder", str(target)]
+    arguments = ["run", "--recipe", "addition", "--fast", "--folder", str(target)]
     environment = os.environ | {"LIT_PALM_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = run_program("lit_palm.demo", arguments, tmp_path / "log", environment, ROOT, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     seconds = json.loads((target / "seconds.json").read_text())
     assert set(seconds) == {"total", "core", *(stage for stage, _ in addition_recipe())}

@@ -1,4 +1,4 @@
-"""DPO and GRPO train, resume and export a network of each Hugging Face family, by the command line."""
+"""DPO and GRPO train, resume and export a network of each Hugging Face family; see test_aligning.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ pytest.importorskip("lit_palm_dpo")
 pytest.importorskip("lit_palm_grpo")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+SHORT = ("qwen2", "mistral", "bloom", "opt")
+
+
+@pytest.mark.parametrize("family", [f if f in SHORT else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
 def test_dpo_and_grpo(family: str, tmp_path: Path) -> None:
     data, network = write_data(tmp_path / "data"), write_family(tmp_path / family, family)
     for stage in ("dpo", "grpo"):

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_palm.testing.processes import run_program
 from tests.families import write_family
 from tests.foreign.aligning import arguments, check_export, keep, second, train, weights, write_data
 from tests.support import apart
@@ -30,22 +28,10 @@ def run(commands: list[list[str]], folder: Path) -> None:
     """Run command lines on two processes that are started once."""
     written = folder / "commands.json"
     written.write_text(json.dumps(commands))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    process = subprocess.Popen(
-        [*launcher, "-m", "tests.foreign.two_ranks", str(written)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "LIT_PALM_CACHE": str(folder / "cache")},
-        text=True,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    try:
-        _, err = process.communicate(timeout=500)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, err[-4000:]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LIT_PALM_CACHE": str(folder / "cache")}
+    done = run_program("tests.foreign.two_ranks", [str(written)], folder / "log", environment, ROOT, ranks=2,
+                       timeout=500)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.parametrize("family", SHORT)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 
 from lit_palm import LoRA, load_network
+from lit_palm.testing.processes import run_program
 from tests.lora.runs import LORA, base, fit, tokens
 from tests.lora.two_ranks import STEPS
 from tests.modules.strategies import saved_weights, strategy
@@ -39,15 +37,10 @@ def run(folder: Path, name: str, starts: tuple[Path, Path]) -> Path:
     folder = folder / name
     folder.mkdir()
     environment = {**os.environ, "LIT_PALM_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.lora.two_ranks", str(folder), name, *map(str, starts)]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, start_new_session=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
-    try:
-        _, err = process.communicate(timeout=400)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, err[-3000:]
+    arguments = [str(folder), name, *map(str, starts)]
+    ranks = 1 if name == "one" else 2
+    done = run_program("tests.lora.two_ranks", arguments, folder / "log", environment, ROOT, ranks, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
 

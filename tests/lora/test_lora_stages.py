@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +17,7 @@ from lit_palm.models.logprobs import TokenLogProbs
 from lit_palm.models.lora import LoRA
 from lit_palm.modules.checkpoint import read_checkpoint
 from lit_palm.rollout.rewards import RewardModel
+from lit_palm.testing.processes import Program
 from tests.lora.runs import LORA, base, configuration, data_of, fit, learned, tokens
 from tests.support import policy, prompt_data, ranking_data, reward_model, same, trainer
 
@@ -344,16 +341,14 @@ def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(stages: dict[str, Pa
     options: dict[str, Any] = {"network": str(stages["sft"]), "steps": 12}
     whole = fit(tmp_path / "whole", "LitPolicy", **options)
     path = configuration(tmp_path / "killed", "LitPolicy", options["steps"], network=options["network"])
-    command = [sys.executable, "-m", "lit_palm", "fit", "--config", str(path)]
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    process = Program("lit_palm", ["fit", "--config", str(path)], tmp_path / "log", folder=ROOT)
     try:
         deadline = time.monotonic() + 240
         while not (tmp_path / "killed" / "step-00000006.ckpt").exists():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.001)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
     last = tmp_path / "killed" / "last.ckpt"
     assert 5 <= learned(last)["step"] < options["steps"]
     again = fit(tmp_path / "killed", "LitPolicy", f"--ckpt_path={last}", **options)

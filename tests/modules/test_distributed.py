@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from lit_palm.modules.checkpoint import export_folder, read_checkpoint
 from lit_palm.modules.weights import load_network
+from lit_palm.testing.processes import run_program
 from tests.modules.two_processes import make
 from tests.support import apart, policy, prompt_data, trainer, weights
 
@@ -51,8 +50,8 @@ def two_processes(folder: Path, strategy: str, *jobs: str) -> Path:
     folder = folder / strategy
     folder.mkdir()
     environment = {**os.environ, "LIT_PALM_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.modules.two_processes", str(folder), strategy, *jobs]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    program, arguments = "tests.modules.two_processes", [str(folder), strategy, *jobs]
+    done = run_program(program, arguments, folder / "log", environment, ROOT, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

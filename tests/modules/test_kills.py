@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from lit_palm.testing.processes import run_program
 
 ROOT = Path(__file__).parents[2]
 
 
 def killed(folder: Path, kind: str, count: int, how: str, seed: int, timeout: float) -> None:
-    command = [sys.executable, "-m", "tests.modules.killed_runs", str(folder), kind, str(count), how, str(seed)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, start_new_session=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert process.returncode == 0, out + err[-4000:]
-    assert f"killed {count} times" in out
-    print(out)
+    arguments = [str(folder), kind, str(count), how, str(seed)]
+    done = run_program("tests.modules.killed_runs", arguments, folder / "out", environment, ROOT, timeout=timeout)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    assert f"killed {count} times" in done.stdout
+    print(done.stdout)
 
 
 @pytest.mark.parametrize("how", ["synchronous", "asynchronous"])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from lit_palm.testing.processes import run_program
 from tests.modules.remote_runs import start_checkpoint
 from tests.modules.test_distributed import ROOT, TOLERANCE
 from tests.serve.conftest import Server
@@ -31,9 +30,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     environment = {**os.environ, "LIT_PALM_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     for strategy in ("ddp", "sharded"):
         (folder / strategy).mkdir()
-        command = [sys.executable, "-m", "tests.modules.remote_processes", str(folder / strategy), strategy,
-                   server.url, str(folder / "weights")]  # fmt: skip
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        arguments = [str(folder / strategy), strategy, server.url, str(folder / "weights")]
+        done = run_program("tests.modules.remote_processes", arguments, folder / f"{strategy}.log", environment, ROOT,
+                           ranks=2)  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
     yield folder
     server.kill()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from lit_palm.modules.checkpoint import consolidate, read_checkpoint
 from lit_palm.modules.safetensors_file import write_safetensors
 from lit_palm.modules.weights import load_network
 from lit_palm.objectives import LanguageModeling
+from lit_palm.testing.processes import run_program
 from tests.modules import many_ranks
 from tests.support import apart, config, language_model, same, sentence, text_data, trainer, write_jsonl
 
@@ -35,9 +34,10 @@ def run(folder: Path, *arguments: Any) -> dict[str, Any]:
         many_ranks.main(folder, *arguments[:5], str(arguments[5]) if len(arguments) > 5 else "")
         result = torch.load(folder / f"{arguments[4]}.pt", weights_only=True)
         return result
-    command = [sys.executable, "-m", "tests.modules.many_ranks", str(folder), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    output = folder / f"{arguments[4]}.log"
+    done = run_program("tests.modules.many_ranks", [str(folder), *map(str, arguments)], output, environment, ROOT,
+                       ranks=int(arguments[1]))  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     result = torch.load(folder / f"{arguments[4]}.pt", weights_only=True)
     result["text"] = done.stderr + done.stdout
@@ -147,9 +147,8 @@ def test_shards_behind_a_url_are_as_good(shards: Path) -> None:
 
 @pytest.mark.parametrize("place", ["url", "fsdp1"])
 def test_shards_behind_a_url_and_those_of_fsdp1_resume_everywhere(place: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.modules.odd_places", str(tmp_path), place]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = run_program("tests.modules.odd_places", [str(tmp_path), place], tmp_path / "log", environment, ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

@@ -10,9 +10,6 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from lit_palm.callbacks import LastCheckpoint
 from lit_palm.modules.checkpoint import read_checkpoint
 from lit_palm.modules.reference import ReferenceUpdate
 from lit_palm.optim import CosineWithWarmup
+from lit_palm.testing.processes import Program
 from tests.support import (
     config,
     everything,
@@ -54,6 +52,19 @@ class Deadly(LastCheckpoint):
     def _save(self, trainer: Trainer) -> None:
         super()._save(trainer)
         raise Killed
+
+
+class Keeps(LastCheckpoint):
+    """Saves after every step and keeps it all, with how many batches there had been."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder), every_n_steps=1, keep_last=1000)
+        self.batches: list[Tensor] = []
+        self.counts: dict[int, int] = {}
+
+    def _save(self, trainer: Trainer) -> None:
+        super()._save(trainer)
+        self.counts.setdefault(trainer.global_step, len(self.batches))
 
 
 def cosine(optimizer: torch.optim.Optimizer) -> Any:
@@ -91,6 +102,8 @@ class Runs:
         module, data = job(self.name, self.folder, self.accumulate)
         run = trainer(self.folder, callbacks=[callback] if callback else [], **{**self.flags, **flags})
         with recorded(module) as batches:
+            if isinstance(callback, Keeps):
+                callback.batches = batches
             try:
                 run.fit(module, datamodule=data, ckpt_path=path)
             except Killed:
@@ -100,13 +113,10 @@ class Runs:
     def straight(self) -> Result:
         return self.run()
 
-    def killed_after(self, step: int) -> Result:
-        """Saved and killed after a step, then resumed from the file."""
-        place = self.folder / "killed"
-        shutil.rmtree(place, ignore_errors=True)
-        _, first = self.run(callback=Deadly(str(place), every_n_steps=step))
-        state, rest = self.run(place / "last.ckpt")
-        return state, first + rest
+    def resumed(self, kept: Keeps, step: int, order: list[Tensor]) -> Result:
+        """Resumed from what a run kept after a step; with the batches until then, those of a run cut off there."""
+        state, rest = self.run(self.folder / "kept" / f"step-{step:08d}.ckpt")
+        return state, order[: kept.counts[step]] + rest
 
     def prolonged(self, **shorter: Any) -> Result:
         """Run to an earlier end, then resumed from the checkpoint that its end left."""
@@ -121,11 +131,16 @@ def check(runs: Runs, *, stride: int = 1) -> None:
     expected, order = runs.straight()
     steps = expected["step"]
     assert steps >= 4
+    # what a run publishes after a step is the same whether or not it is killed then: one run leaves all of it
+    kept = Keeps(runs.folder / "kept")
+    state, batches = runs.run(callback=kept)
+    same(expected, state, "saved after every step: ")
+    same(order, batches, "saved after every step: batch ")
     # after the very last step there is nothing left to resume but a validation, which Lightning then leaves out
     for step in range(1, steps, stride):
-        state, batches = runs.killed_after(step)
-        same(expected, state, f"killed after step {step}: ")
-        same(order, batches, f"killed after step {step}: batch ")
+        state, batches = runs.resumed(kept, step, order)
+        same(expected, state, f"resumed after step {step}: ")
+        same(order, batches, f"resumed after step {step}: batch ")
     shorter = (
         [{"max_steps": s} for s in range(1, steps, 2 * stride)]
         if "max_steps" in runs.flags
@@ -244,31 +259,16 @@ def test_the_step_that_loggers_see_goes_on(tmp_path: Path) -> None:
     assert steps[1:] == [4, 5, 6, 7, 8]
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-from lit_palm.callbacks import LastCheckpoint
-from tests.modules.test_resume import job, trainer
-folder = Path(sys.argv[1])
-module, data = job("policy", folder, 2)
-run = trainer(folder, callbacks=[LastCheckpoint(str(folder / "killed"), every_n_steps=1)], max_epochs=100000,
-              gradient_clip_val=0.5, accumulate_grad_batches=2)
-run.fit(module, datamodule=data)
-"""
-
-
 def test_kill_9_then_resume_equals_straight(tmp_path: Path) -> None:
     path = tmp_path / "killed" / "last.ckpt"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path)], cwd=ROOT, env=environment,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    process = Program("tests.modules.endless_run", [str(tmp_path)], tmp_path / "log", environment, ROOT)
     deadline = time.monotonic() + 240
     while not path.exists():
         assert process.poll() is None and time.monotonic() < deadline, "the run made no checkpoint"
         time.sleep(0.01)
     time.sleep(0.2)  # some steps later, at no particular place
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
     step = read_checkpoint(path) and torch.load(path, weights_only=True)["global_step"]
     runs = Runs("policy", tmp_path, 2, max_steps=step + 5)
     expected, _ = runs.straight()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from torch import nn
 
 from lit_palm.modules.sharding import Sharding, check_strategy
 from lit_palm.parallel.sharded import unsharded
+from lit_palm.testing.processes import run_program
 from tests.support import write_jsonl
 
 ROOT = Path(__file__).parents[2]
@@ -83,9 +82,9 @@ data: {class_path: TextData, init_args: {train: %s, tokenizer: bytes}}
 def test_sizes_that_do_not_fit_are_one_line(size: int, sharding: str, message: str, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "text.jsonl", [{"text": "a text"}])
     (tmp_path / "run.yaml").write_text(CONFIG % (size, sharding, data))
-    command = [sys.executable, "-m", "lit_palm", "fit", "--config", str(tmp_path / "run.yaml")]
     environment = {**os.environ, "LIT_PALM_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    arguments = ["fit", "--config", str(tmp_path / "run.yaml")]
+    done = run_program("lit_palm", arguments, tmp_path / "log", environment, ROOT, timeout=120)
     errors = [line for line in done.stderr.splitlines() if line.startswith("lit-palm: error: ")]
     assert done.returncode == 2 and len(errors) == 1 and message in errors[0], done.stderr[-2000:]
     assert "Traceback" not in done.stderr

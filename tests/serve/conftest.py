@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
-import threading
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from lit_palm.modules.checkpoint import load_checkpoint_tokenizer
 from lit_palm.modules.weights import load_network
 from lit_palm.rollout.engine import CachedEngine, Generation
 from lit_palm.rollout.sampling import Sampling, row_seeds
+from lit_palm.testing.processes import Program
 from tests.support import config, language_model, text_data, trainer
 
 TEMPLATE = """\
@@ -88,25 +88,21 @@ class Server:
     """`lit-palm serve` in a process of its own, on a port that was free."""
 
     def __init__(self, checkpoint: Path, *arguments: str, **environment: str) -> None:
-        command = [sys.executable, "-m", "lit_palm", "serve", str(checkpoint), "--port", "0", *arguments]
-        self.process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}
-        )
-        self.log: list[str] = []
-        self.url = ""
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.log.append(line)
-            if match := re.search(r"serving (\S+) at (http://\S+)/v1", line):
-                self.model, self.url = match[1], match[2]
-                break
-        assert self.url, f"the server did not start: {''.join(self.log)}"
+        command = ["serve", str(checkpoint), "--port", "0", *arguments]
+        output = Path(tempfile.mkdtemp(prefix="server-", dir=checkpoint.parent))
+        self.process = Program("lit_palm", command, output, {**os.environ, "OMP_NUM_THREADS": "1", **environment})
+        deadline = time.monotonic() + 120
+        while (match := re.search(r"serving (\S+) at (http://\S+)/v1\b", "".join(self.log))) is None:
+            ended = self.process.poll() is not None or time.monotonic() > deadline
+            assert not ended, f"the server did not start: {''.join(self.log)}"
+            time.sleep(0.02)
+        self.model, self.url = match[1], match[2]
         self.port = int(self.url.rpartition(":")[2])
-        threading.Thread(target=self._drain, daemon=True).start()
 
-    def _drain(self) -> None:
-        assert self.process.stderr is not None
-        self.log.extend(self.process.stderr)
+    @property
+    def log(self) -> list[str]:
+        """What it has said so far."""
+        return self.process.stderr.splitlines(keepends=True)
 
     def client(self, **options: Any) -> Any:
         """The official client."""
@@ -123,13 +119,11 @@ class Server:
 
     def end(self, number: int = signal.SIGTERM, timeout: float = 30) -> int:
         """Stop it; the exit status."""
-        self.process.send_signal(number)
+        os.kill(self.process.pid, number)
         return self.process.wait(timeout)
 
     def kill(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
+        self.process.kill()
 
 
 @pytest.fixture(scope="module")

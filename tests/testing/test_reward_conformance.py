@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import random
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,6 +29,7 @@ from lit_palm.rollout.rewards import (
     RewardModel,
 )
 from lit_palm.testing import RewardConformance
+from lit_palm.testing.processes import run_program
 
 Factory = Callable[..., Reward]
 
@@ -495,7 +494,7 @@ def test_pytest_collects_it_and_says_what_is_missing(tmp_path: Path) -> None:
         "class TestSpaces(RewardConformance):\n    @pytest.fixture\n    def reward(self):\n        return Spaces\n"
         "class TestNothing(RewardConformance):\n    pass\n"
     )
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_spaces.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    arguments = ["-q", "-p", "no:cacheprovider", "test_spaces.py"]
+    done = run_program("pytest", arguments, tmp_path / "log", folder=tmp_path)
     assert re.search(r"11 passed, 1 skipped, .*12 errors", done.stdout), done.stdout + done.stderr
     assert "TestNothing has no fixture `reward`: define one" in done.stdout
