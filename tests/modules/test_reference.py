@@ -60,7 +60,7 @@ def test_a_reference_computed_in_advance_changes_nothing(tmp_path: Path) -> None
 
 def test_a_reference_computed_in_advance_is_let_go_and_made_again_when_asked_for(tmp_path: Path) -> None:
     """While training nothing holds it; completing prompts afterwards measures the divergence from the same network."""
-    module = preference_policy(precompute_reference=True)
+    module = preference_policy(precompute_reference=True, sampling=Sampling(max_new_tokens=8))
     watched: list[weakref.ref[Any]] = []
     start: dict[str, Any] = {}
     original = module.reference_logps
@@ -83,7 +83,7 @@ def test_a_reference_computed_in_advance_is_let_go_and_made_again_when_asked_for
     assert run.global_step == 8
     before = copy.deepcopy(start)
     [found] = trainer(tmp_path).validate(module, datamodule=prompt_data(tmp_path), verbose=False)
-    assert found["val/kl"] > 1e-3, "it is not the policy"
+    assert abs(found["val/kl"]) > 1e-3, "it is not the policy"
     same(start, before)
 
 
