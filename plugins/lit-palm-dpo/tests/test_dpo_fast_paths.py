@@ -9,8 +9,8 @@ Compared are the loss, what is logged, and the gradient of every weight that the
 Tolerances, of the gradient as the length of the difference over that of the whole. float32 keeps 24 bits: 1e-4, after
 sums of some hundred terms and differences of log-probabilities that almost cancel. bfloat16 keeps 8: each number on the
 way through two blocks is rounded by up to one part in 256, at random, and what adds up over some hundred tokens stays
-within 3%; an answer's log-probability within 0.1 nats of about -280, and beta (0.1) times it, which the loss reads, within
-0.01. Weights of 8 bits (bf16-true) change nothing of it, since the float64 network has just these.
+within 3%; an answer's log-probability within 0.1 nats of about -280, and beta (0.1) times it, which the loss reads,
+within 0.01. Weights of 8 bits (bf16-true) change nothing of it, since the float64 network has just these.
 """
 
 from __future__ import annotations
