@@ -12,7 +12,7 @@ on rows as they were, and `collect` takes back one result for each token. The lo
 rows (up to rounding). Preferences (DPO) and samples (PPO, GRPO) are such rows.
 
 The network's result is read only where a target follows. Such tokens come first, so that its last block can leave the
-others, prompts for the most part, with their keys and values.
+others, prompts for the most part, with their keys and values; a row's last target, which nothing follows, is left out.
 """
 
 from __future__ import annotations
@@ -111,8 +111,12 @@ def side_by_side(
     same = ((tokens == tokens[leader]) & mask & ~targets).long().cumprod(1).sum(1)
     common = torch.full_like(sizes, width).scatter_reduce(0, which, same, "amin")[which]
     copied = (place < common[:, None]) & (leader != torch.arange(rows))[:, None]
-    own = (mask & ~copied).flatten()
-    home = own.nonzero().squeeze(1)
+    own = mask & ~copied
+    if depth is not None:  # nothing is read from a row's last target, nor after it
+        needed = (targets * place).amax(1)
+        needed = torch.where((sizes > 1)[which], torch.maximum(needed, common), needed)
+        own &= place < needed[:, None]
+    home = own.flatten().nonzero().squeeze(1)
     number = _numbered(home, copied, leader)
     read, cost = None, float(len(home))
     if depth is not None:
@@ -122,7 +126,7 @@ def side_by_side(
         cost -= (len(home) - read) * (1 - KEYS_AND_VALUES) / depth
         home = home[(~wanted).long().argsort(stable=True)]
         number = _numbered(home, copied, leader)
-    if cost > WORTHWHILE * rows * width:
+    if not len(home) or cost > WORTHWHILE * rows * width:
         return None
     sequences = Sequences(number, home, *_copies(number, common, by_group, first_row, sizes), read)
     return SideBySide(

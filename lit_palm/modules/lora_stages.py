@@ -172,7 +172,7 @@ def policy_roles(module: LitPolicy, start: Blueprint) -> SharedNetworks:
         module.frozen["reference"] = roles.view("reference" if "reference" in roles.adapters else None)
         module._reference_id = _identity(roles, there)
     else:
-        reference = module.layout.make(there, frozen=True)
+        reference, module.reference_blueprint = module.layout.make(there, frozen=True), there
         module.frozen["reference"], module._reference_id = reference, fingerprint(reference, there)
 
     def load(checkpoint: str, role: str) -> nn.Module:

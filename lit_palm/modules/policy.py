@@ -17,7 +17,7 @@ from lit_palm.models.lora import LoRA
 from lit_palm.modules.checkpoint import Role
 from lit_palm.modules.compatibility import check_reference, check_rewards, check_sampling, samples_elsewhere
 from lit_palm.modules.evaluation import evaluate_prompts, means_of_rows
-from lit_palm.modules.frozen import move_frozen, place_frozen, stays_away
+from lit_palm.modules.frozen import move_frozen, place_frozen, reference_of, stays_away
 from lit_palm.modules.handover import Handover
 from lit_palm.modules.host import LitModule, default_optimizer
 from lit_palm.modules.language_model import language_model_output
@@ -55,8 +55,8 @@ class LitPolicy(LitModule):
         objective: default PPO.
         rewards: what completions are worth, a weighted sum; each is logged under its name.
         reference: checkpoint of the frozen reference; None: the policy as it starts.
-        precompute_reference: compute the reference's log-probabilities of all data once, before training, and take the
-            network off the device; for given data, not for rollouts.
+        precompute_reference: compute the reference's log-probabilities of all data once, before training, and let the
+            network go; for given data, not for rollouts.
         reference_update: let the reference follow the policy (an EMA, or TR-DPO's updates); None: it stays frozen.
         value: checkpoint whose weights the value network starts from; None: the first reward model's, else the
             policy's with a fresh head.
@@ -121,6 +121,7 @@ class LitPolicy(LitModule):
         # frozen networks stay out of the module tree: neither trained, synchronised, nor written into checkpoints
         self.frozen: dict[str, nn.Module] = {}
         self.rollouts: Rollouts | None = None
+        self.reference_blueprint: Blueprint | None = None
         self._reference_id = ""
         self._validation_started = 0.0
         self.engine_agrees: bool | None = None
@@ -145,6 +146,7 @@ class LitPolicy(LitModule):
         if "value" in self.objective.needs:
             networks["value"] = self.make("value", self.value_blueprint(start))
         there = blueprint(self.reference, overrides=self.overrides) if self.reference else start
+        self.reference_blueprint = there
         reference = self.layout.make(there, frozen=True)
         self._check_vocabulary(reference, "the reference")
         self._reference_id = fingerprint(reference, there)
@@ -271,7 +273,7 @@ class LitPolicy(LitModule):
     def reference_logps(self, batch: Experience, temperature: float | None = None) -> Tensor:
         """The same under the frozen reference; of given data at a temperature of 1."""
         temperature = temperature or self.sampling.temperature or 1.0
-        network = self.networks["reference"] if self.reference_update is not None else self.frozen["reference"]
+        network = self.networks["reference"] if self.reference_update is not None else reference_of(self)
         network.eval()  # one that moves is among the trained networks
         return language_model_output(network, batch, temperature=temperature)["logps"]
 

@@ -3,8 +3,8 @@
 Three ways to hold one, all the same to an objective, which gets `ref_logps`:
 
 - a frozen network beside the policy (default);
-- `precompute_reference`: one pass over the given data before training, then the network leaves the device. Only for
-  data that does not change, so not for completions that the policy samples;
+- `precompute_reference`: one pass over the given data before training, then the network is let go. Only for data that
+  does not change, so not for completions that the policy samples;
 - `reference_update`: every so many steps the reference takes a part of the policy's weights (Gorbatovski et al. 2024,
   "Learn Your Reference Model"); with `every: 1` and a small `mix` it is an exponential moving average of the policy.
 """
@@ -109,10 +109,9 @@ class PrecomputedReference:
     def logps(self, stage: str, batch: Experience) -> Tensor:
         """[B, T] for the rows of a batch, on its device, zero outside `loss_mask`."""
         flat, offsets = self._stages[stage]
-        mask, numbers = batch.host["loss_mask"].cpu(), batch.host["row"]
-        rows = [number for number, real in zip(numbers.tolist(), mask.any(1).tolist(), strict=True) if real]
-        values = [flat[offsets[number] : offsets[number + 1]] for number in rows]
-        result = torch.zeros(mask.shape)
-        if values:
-            result[mask] = torch.cat(values)
-        return sent(result, batch["tokens"].device)
+        mask, numbers = batch.host["loss_mask"].cpu(), batch.host["row"].cpu()
+        count, first = mask.sum(1), offsets[numbers]
+        known = offsets[numbers + 1] - first  # of a row that fills a batch up: of no meaning, nothing is asked of it
+        assert bool(((known == count) | (count == 0)).all()), "rows changed after their reference was computed"
+        place = (first[:, None] + mask.cumsum(1) - 1).clamp_(0, len(flat) - 1)
+        return sent(torch.where(mask, flat[place], 0), batch["tokens"].device)

@@ -125,6 +125,28 @@ def test_whatever_the_lengths(groups: list[tuple[int, list[int]]], seed: int, de
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
 
 
+def test_a_last_target_that_nothing_follows_is_not_computed() -> None:
+    """Unless a network's result is read everywhere; a row without targets is left out whole."""
+    rows = rows_of(GROUPS)
+    real = int(rows[1].sum())
+    completions = [len(parts) for _, parts in GROUPS]
+    copies = sum(prompt * (len(parts) - 1) for prompt, parts in GROUPS)
+    found, whole = side_by_side(*rows, 2), side_by_side(*rows)
+    assert found is not None and whole is not None
+    assert whole.tokens.numel() == real - copies
+    assert found.tokens.numel() == real - copies - sum(completions)
+    tokens, mask, targets, group = rows
+    alone = (group == 21).nonzero().item()
+    targets[alone] = False
+    left = side_by_side(tokens, mask, targets, group, 2)
+    assert left is not None and left.tokens.numel() == found.tokens.numel() - 12
+    torch.testing.assert_close(
+        together(network(), rows, left)[targets], separate(network(), rows)[targets], rtol=1e-10, atol=1e-10
+    )
+    targets[:] = False
+    assert side_by_side(tokens, mask, targets, torch.arange(len(group)), 2) is None
+
+
 def test_it_is_left_alone_where_it_does_not_pay() -> None:
     assert side_by_side(*rows_of([(5, [4]), (3, [6])])) is None, "nobody shares, nothing is padded"
     assert side_by_side(*rows_of([(1, [20, 20]), (1, [20, 20])])) is None, "short prompts"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule
 
 from lit_palm.data.tokenizers import ByteTokenizer
 from lit_palm.modules.policy import LitPolicy
@@ -24,6 +26,7 @@ from tests.support import (
     preference_policy,
     prompt_data,
     ranking_data,
+    same,
     trainer,
     weights,
 )
@@ -55,6 +58,35 @@ def test_a_reference_computed_in_advance_changes_nothing(tmp_path: Path) -> None
     assert sum(passes) == sum(2 + i % 3 for i in range(12)) + sum(2 + i % 3 for i in range(50, 56))
 
 
+def test_a_reference_computed_in_advance_is_let_go_and_made_again_when_asked_for(tmp_path: Path) -> None:
+    """While training nothing holds it; completing prompts afterwards measures the divergence from the same network."""
+    module = preference_policy(precompute_reference=True, sampling=Sampling(max_new_tokens=8))
+    watched: list[weakref.ref[Any]] = []
+    start: dict[str, Any] = {}
+    original = module.reference_logps
+
+    def logps(batch: Any, **options: Any) -> Any:
+        result = original(batch, **options)
+        watched.append(weakref.ref(module.frozen["reference"]))
+        start.update(weights(module.frozen["reference"]))
+        return result
+
+    module.reference_logps = logps  # type: ignore[method-assign]
+
+    class LetGo(Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            gc.collect()
+            assert watched and all(found() is None for found in watched)
+
+    run = trainer(tmp_path, max_epochs=2, callbacks=[LetGo()])
+    run.fit(module, datamodule=ranking_data(tmp_path, batch_size=3))
+    assert run.global_step == 8
+    before = copy.deepcopy(start)
+    [found] = trainer(tmp_path).validate(module, datamodule=prompt_data(tmp_path), verbose=False)
+    assert abs(found["val/kl"]) > 1e-3, "it is not the policy"
+    same(start, before)
+
+
 @pytest.mark.parametrize("temperature", [0.7, 0.0])
 def test_how_samples_are_drawn_says_nothing_about_given_data(temperature: float, tmp_path: Path) -> None:
     plain = fit(tmp_path, preference_policy(), max_epochs=1)
@@ -73,6 +105,20 @@ def test_a_reference_in_advance_is_that_of_the_data_at_hand(tmp_path: Path) -> N
     expected = module.reference_logps(batch).detach()
     assert module.precomputed is not None
     assert float((module.precomputed.logps("train", batch) - expected).abs().max()) < 1e-5
+
+
+def test_a_run_with_a_reference_in_advance_resumes_to_the_last_bit(tmp_path: Path) -> None:
+    module = preference_policy(precompute_reference=True)
+    whole = fit(tmp_path, module)
+    first = fit(tmp_path / "first", preference_policy(precompute_reference=True), max_steps=3)
+    first.save_checkpoint(tmp_path / "third.ckpt")
+    second = trainer(tmp_path / "second", max_epochs=2)
+    data = ranking_data(tmp_path / "second", batch_size=3)
+    second.fit(
+        preference_policy(precompute_reference=True), datamodule=data, ckpt_path=tmp_path / "third.ckpt",
+        weights_only=False,
+    )  # fmt: skip
+    same(everything(whole)["weights"], everything(second)["weights"])
 
 
 def test_prompts_are_completed_whatever_is_known_in_advance(tmp_path: Path) -> None:

@@ -35,9 +35,22 @@ def dpo(mode: Mode) -> list[Job]:
         rows = [Row(f"DPO step {label}, TRL", "ours", ("TRL",), bound)]
         jobs.append(Job(f"dpo-{label}", f"{title}, {label}", sides, rows, repeats, process=label))
     sides = beside_trl("dpo", shape, precision="32-true", precomputed=True)
-    rows = [Row("DPO step float32, reference precomputed by both, TRL", "ours", ("TRL",), ">= 1.4")]
+    # what a user of TRL's defaults gains by it too: its step as it comes, in the same rounds
+    plain = Side("TRL, reference in each step", "peers.trl:dpo", {**shape, "precision": "32-true"})
+    name = "DPO step float32, reference precomputed"
+    rows = [
+        Row(f"{name} by us alone, TRL", "ours", (plain.name,), ">= 1.4"),
+        Row(f"{name} by both, TRL", "ours", ("TRL",), ">= 1.4"),
+    ]
     jobs.append(
-        Job("dpo-precomputed", f"{title}, float32, reference precomputed", sides, rows, repeats, process="float32")
+        Job(
+            "dpo-precomputed",
+            f"{title}, float32, reference precomputed",
+            [plain, *sides],
+            rows,
+            repeats,
+            process="float32",
+        )
     )
     # a prompt that is half of each row is encoded once for both answers
     shared = {**shape, "prompt": length // 2, "answer": length // 2}

@@ -1,0 +1,176 @@
+"""A step of DPO as it is trained, beside TRL's formula on a plain network in float64.
+
+Ours is a step of `LitPolicy` under the Trainer with all that makes it quick: prompts shared side by side, padding left
+out, query heads stacked, log-probabilities a few tokens at a time, the Trainer's precision, the reference computed in
+advance. Beside it the network's weights before that step are put into one of float64, which runs each row by itself
+under a mask, takes the softmax of all its logits, and hands the log-probabilities to the loss code of TRL's DPOTrainer.
+Compared are the loss, what is logged, and the gradient of every weight that the optimiser gets.
+
+Tolerances, of the gradient as the length of the difference over that of the whole. float32 keeps 24 bits: 1e-4, after
+sums of some hundred terms and differences of log-probabilities that almost cancel. bfloat16 keeps 8: each number on the
+way through two blocks is rounded by up to one part in 256, at random, and what adds up over some hundred tokens stays
+within 3%; an answer's log-probability within 0.1 nats of about -280, and beta (0.1) times it, which the loss reads,
+within 0.01. Weights of 8 bits (bf16-true) change nothing of it, since the float64 network has just these.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lit_palm_dpo import DPO
+from torch import Tensor
+from trl_dpo_loss import trl_dpo
+
+from lit_palm import Experience, LitPolicy, Output, PaLMConfig, PreferenceData
+from lit_palm.models import TokenLogProbs, half, shared_keys
+from lit_palm.modules import parts
+
+pytest.importorskip("trl", minversion="1.16")
+
+PROMPTS = [150, 160, 149, 155]
+ANSWERS = [(60, 41), (38, 55), (52, 30), (25, 47)]
+STEPS = 3
+LOGITS = 4096
+"""How many are alive at once: those of 15 tokens."""
+
+
+def network() -> PaLMConfig:
+    return PaLMConfig(d_model=32, num_layers=2, num_heads=4, head_dim=8, max_length=256, vocab_size=263)
+
+
+def letters(number: int, length: int) -> str:
+    generator = torch.Generator().manual_seed(number)
+    return "".join(chr(97 + i) for i in torch.randint(26, (length,), generator=generator).tolist())
+
+
+def pairs(folder: Path) -> PreferenceData:
+    rows = [
+        {"prompt": letters(3 * i, prompt), "chosen": letters(3 * i + 1, n), "rejected": letters(3 * i + 2, m)}
+        for i, (prompt, (n, m)) in enumerate(zip(PROMPTS, ANSWERS, strict=True))
+    ]
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return PreferenceData(train=str(path), tokenizer="bytes", batch_size=len(rows))
+
+
+class Recording(torch.optim.AdamW):
+    """Keeps what each step starts from, and the gradient that it takes."""
+
+    def __init__(self, groups: Any) -> None:
+        super().__init__(groups, lr=1e-3)
+        self.before: list[list[Tensor]] = []
+        self.gradients: list[list[Tensor]] = []
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        self.before.append([p.detach().clone() for p in parameters])
+        loss = closure()
+        self.gradients.append([p.grad.detach().clone() for p in parameters])
+        super().step()
+        return loss
+
+
+class Batches(Callback):
+    """Keeps them."""
+
+    def __init__(self) -> None:
+        self.batches: list[Experience] = []
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Experience, index: int) -> None:
+        self.batches.append(batch)
+
+
+def plain_logps(weights: list[Tensor], like: LitPolicy, batch: Experience) -> tuple[Tensor, list[Tensor]]:
+    """[B, T] log-probabilities of the answers in float64, and the weights as leaves, both in the optimiser's order."""
+    plain = network().build().double()
+    [optimizer] = like.trainer.optimizers
+    names = {id(p): name for name, p in like.networks["policy"].named_parameters()}
+    ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    own = dict(plain.named_parameters())
+    with torch.no_grad():
+        for name, weight in zip(ordered, weights, strict=True):
+            own[name].copy_(weight)
+    rows = []
+    for tokens, mask, targets in zip(batch["tokens"], batch["mask"], batch["loss_mask"], strict=True):
+        ids = tokens[mask][None]
+        logits = plain(ids, mask=torch.ones_like(ids, dtype=torch.bool))  # the mask keeps it from causal kernels
+        logps = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        whole = torch.nn.functional.pad(logps[0], (1, len(tokens) - ids.shape[1]))
+        rows.append(torch.where(targets, whole, 0))
+    return torch.stack(rows), [own[name] for name in ordered]
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """What the fast paths did: tokens computed, rows of queries stacked; a few logits at a time."""
+    seen: dict[str, list[int]] = {"tokens": [], "stacked": []}
+    laid, stacked, made = parts.side_by_side, shared_keys.shared_attention, TokenLogProbs.__init__
+
+    def side_by_side(*args: Any) -> Any:
+        found = laid(*args)
+        seen["tokens"].append(-1 if found is None else found.tokens.numel())
+        return found
+
+    def attention(*args: Tensor) -> Tensor:
+        seen["stacked"].append(len(args[0]))
+        return stacked(*args)
+
+    monkeypatch.setattr(parts, "side_by_side", side_by_side)
+    monkeypatch.setattr(half, "shared_attention", attention)
+    monkeypatch.setattr(
+        TokenLogProbs, "__init__", lambda self, *args, **options: made(self, *args, max_elements=LOGITS, **options)
+    )
+    return seen
+
+
+BOUNDS = {"32-true": (1e-4, 1e-5, 5e-4), "bf16-mixed": (0.03, 0.01, 0.1), "bf16-true": (0.03, 0.01, 0.1)}
+"""Of the gradient (relative), of the loss (relative) and rewards (absolute), of an answer's log-probability (nats)."""
+
+
+@pytest.mark.parametrize(
+    "loss, precision, precomputed",
+    [*(("sigmoid", name, False) for name in BOUNDS), ("sigmoid", "32-true", True), ("ipo", "bf16-mixed", False)],
+)
+def test_a_step_as_it_is_trained_is_trls(
+    loss: Any, precision: Any, precomputed: bool, tmp_path: Path, fast: dict[str, list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("LIT_PALM_CACHE", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    module = LitPolicy(network(), DPO(loss), optimizer=Recording, precompute_reference=precomputed)
+    seen = Batches()
+    run = Trainer(
+        accelerator="cpu", devices=1, precision=precision, max_steps=STEPS, logger=False, log_every_n_steps=1,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        callbacks=[seen], default_root_dir=str(tmp_path),
+    )  # fmt: skip
+    run.fit(module, datamodule=pairs(tmp_path))
+    [recorded], batch = run.optimizers, seen.batches[-1]
+    assert isinstance(recorded, Recording)
+
+    # a BOS and a prompt once, answers with their EOS, which nothing follows
+    tokens = sum(1 + prompt + n + m for prompt, (n, m) in zip(PROMPTS, ANSWERS, strict=True))
+    assert set(fast["tokens"]) == {tokens} and tokens < 0.6 * batch["tokens"].numel()
+    two_bytes_multiply = precision != "32-true" and not half.widens(torch.zeros(1), torch.bfloat16)
+    assert set(fast["stacked"]) == (set() if two_bytes_multiply else {2 * len(PROMPTS)})
+
+    logps, leaves = plain_logps(recorded.before[-1], module, batch)
+    reference, _ = plain_logps(recorded.before[0], module, batch)
+    plain = Experience({**batch, "mask": batch["mask"].clone()})
+    expected, their_metrics = trl_dpo(plain, Output(logps=logps, ref_logps=reference.detach()), [loss])
+    of_gradient, of_loss, of_answer = BOUNDS[precision]
+    assert float((reference - logps).detach().abs().max()) > 0.3, "the policy has moved"
+    found = run.callback_metrics
+    assert float(found["loss"]) == pytest.approx(expected.item(), rel=of_loss)
+    for name, value in their_metrics.items():
+        if name.startswith(("rewards/", "logps/")):
+            bound = of_answer if name.startswith("logps/") else of_loss
+            assert float(found[name]) == pytest.approx(value, abs=bound), name
+    wanted = torch.cat([g.flatten() for g in torch.autograd.grad(expected, leaves)])
+    gradient = torch.cat([g.double().flatten() for g in recorded.gradients[-1]])
+    assert (gradient - wanted).norm() <= of_gradient * wanted.norm()
