@@ -94,7 +94,8 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
     dtype, grouped = product_type(q), k.shape[2] != q.shape[2]
     # a graph around it takes it in
     attend = _attend if torch.compiler.is_compiling() else _compiled(BACKEND)
-    out: Tensor = attend(*(t.transpose(1, 2).to(dtype) for t in (q, k, v)), blocks.mask, grouped)
+    q, k, v = (t.transpose(1, 2).to(dtype) for t in (q, k, v))
+    out: Tensor = attend(q, k, v, blocks.mask, grouped)
     return out.transpose(1, 2)
 
 
@@ -166,7 +167,7 @@ def _difference(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: 
     options = {"block_mask": find_blocks(documents).mask, "enable_gqa": True}
     found = attend(*(t.transpose(1, 2) for t in inputs), **options).transpose(1, 2)
     bias = bias_of(q, 0, None, documents, None)
-    whole = [q, *(t.repeat_interleave(heads // kv_heads, 2) for t in (k, v))]
-    expected = attention(*(t.transpose(1, 2) for t in whole), bias).transpose(1, 2)
+    keys, values = (t.repeat_interleave(heads // kv_heads, 2).transpose(1, 2) for t in (k, v))
+    expected = attention(q.transpose(1, 2), keys, values, bias).transpose(1, 2)
     results = [(y.detach(), *torch.autograd.grad((y * weights).sum(), inputs)) for y in (found, expected)]
     return float(torch.stack([(a - b).abs().max() / b.abs().max() for a, b in zip(*results, strict=True)]).max())
