@@ -24,6 +24,7 @@ from lit_palm.models import PaLMConfig, TokenLogProbs, compiled, flex, palm
 from lit_palm.models.attention import bias_of
 from lit_palm.models.compiled import compile_blocks
 from lit_palm.models.flex import attend_blocks, find_blocks
+from lit_palm.models.lora import LoRA
 from lit_palm.modules.weights import load_network
 from tests.support import config, language_model, text_data, trainer
 
@@ -141,13 +142,13 @@ def test_a_network_gives_the_same_with_a_mask(
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
 
 
-def losses(folder: Path, **options: Any) -> tuple[Any, list[float]]:
+def losses(folder: Path, precision: Any = "32-true", **options: Any) -> tuple[Any, list[float]]:
     """A run of six steps over packed rows of 24 tokens."""
     seen: list[float] = []
     module = language_model(**options)
     original = module.account
     module.account = lambda *args: seen.append(original(*args)) or seen[-1]
-    run = trainer(folder, max_steps=6, max_epochs=-1)
+    run = trainer(folder, max_steps=6, max_epochs=-1, precision=precision)
     run.fit(module, datamodule=text_data(folder))
     return run, [float(loss.detach()) for loss in seen]
 
@@ -162,6 +163,14 @@ def test_a_run_is_that_of_cut_documents(tmp_path: Path) -> None:
     assert 2 <= counters["stats"]["unique_graphs"] <= 5
     run.save_checkpoint(tmp_path / "six.ckpt")
     assert load_network(tmp_path / "six.ckpt", overrides={"attention": "auto"}).config.attention == "auto"
+
+
+@pytest.mark.parametrize("options, tolerance", [({"lora": LoRA(rank=2)}, 1e-4), ({"precision": "bf16-mixed"}, 2e-2)])
+def test_so_is_one_of_adapters_and_of_16_bits(options: dict[str, Any], tolerance: float, tmp_path: Path) -> None:
+    """Losses of about 5 nats; products of bfloat16 are rounded to 8 bits, in either way in its own order."""
+    _, expected = losses(tmp_path, network=config(), **options)
+    _, got = losses(tmp_path, network=config(attention="flex"), **options)
+    assert counters["stats"]["unique_graphs"] >= 2 and got == pytest.approx(expected, rel=tolerance)
 
 
 def test_an_accelerator_goes_by_blocks_unless_told_not_to(
@@ -184,7 +193,8 @@ def test_no_number_for_each_pair_of_tokens(host_is_a_gpu: None, monkeypatch: pyt
     """Of what is made before attention; the kernel's own are torch's. 4 x 64 x 64 pairs, 4 x 8 x 8 of blocks."""
     network = PaLMConfig(vocab_size=30, d_model=48, num_layers=1, num_heads=3, head_dim=16).build()
     rows = torch.arange(64).expand(4, 64) // 11
-    network(torch.randint(0, 30, rows.shape), documents=rows)  # the comparison and the graph
+    with torch.inference_mode():  # as in a validation before training: gradients are compared all the same
+        network(torch.randint(0, 30, rows.shape), documents=rows)
 
     class Largest(TorchDispatchMode):
         number = 0
