@@ -22,7 +22,7 @@ from lit_palm.models.hardware import multiplies
 from lit_palm.models.kernels import thin_linear
 from lit_palm.models.shared_keys import shared_attention, stacks
 
-__all__ = ["attention", "linear", "widened", "widens"]
+__all__ = ["attention", "linear", "product_type", "widened", "widens"]
 
 ROWS = 256
 """Rows of a result that are computed at a time, so that their float32 form stays in the processor's cache."""
@@ -44,7 +44,7 @@ def widened(weight: Tensor) -> Tensor:
     return weight.float() if widens(weight, weight.dtype) else weight
 
 
-def _product_type(x: Tensor) -> torch.dtype:
+def product_type(x: Tensor) -> torch.dtype:
     """What torch would multiply in."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -52,7 +52,7 @@ def _product_type(x: Tensor) -> torch.dtype:
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., I] times weight [O, I] transposed, as `F.linear` under the same autocast would have it."""
-    kind, dtype = x.device.type, _product_type(x)
+    kind, dtype = x.device.type, product_type(x)
     fits = torch.is_autocast_enabled(kind) or dtype == weight.dtype  # else torch says what is wrong
     if not (fits and widens(x, dtype) and widens(weight, dtype)) or x.numel() < FEWEST * x.shape[-1]:
         return thin_linear(x, weight)
@@ -107,7 +107,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, **opt
 
     In float32 its backward pass keeps queries, keys and values in float32 too.
     """
-    dtype = _product_type(q)
+    dtype = product_type(q)
     if not widens(q, dtype):
         return _attention(q, k, v, bias, dtype, options)
     q, k, v = (t.to(dtype).float() for t in (q, k, v))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["measure_peak_bandwidth", "measure_peak_flops", "multiplies", "useful_dtype"]
+__all__ = ["is_host", "measure_peak_bandwidth", "measure_peak_flops", "multiplies", "useful_dtype"]
 
 
 def _host_multiplies(dtype: torch.dtype) -> bool:
@@ -47,7 +47,12 @@ def multiplies(tensor_or_device: Tensor | torch.device, dtype: torch.dtype) -> b
     if dtype not in (torch.bfloat16, torch.float16):
         return True
     device = tensor_or_device.device if isinstance(tensor_or_device, Tensor) else tensor_or_device
-    return device.type != _HOST.type or _host_multiplies(dtype)
+    return not is_host(device) or _host_multiplies(dtype)
+
+
+def is_host(device: torch.device) -> bool:
+    """Whether a device is the processor that Python runs on."""
+    return device.type == _HOST.type
 
 
 _HOST = torch.Generator().device

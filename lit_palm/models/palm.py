@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from lit_palm.models.attention import Documents, attend_within, bias_of, find_documents
 from lit_palm.models.base import Cache, Head, Network, NetworkConfig
 from lit_palm.models.cache import PaLMCache
+from lit_palm.models.flex import Blocks, Packed, attend_blocks, find_blocks, takes_blocks
 from lit_palm.models.half import attention, linear
 from lit_palm.models.kernels import recomputed, split_swiglu
 from lit_palm.models.layers import Linear, Norm, QKNorm, rotate
@@ -46,7 +47,7 @@ class PaLMConfig(NetworkConfig):
     """A PaLM as plain data; `PaLMConfig.preset("8b")` and its like give the paper's sizes (its table 1)."""
 
     API_VERSION: ClassVar[int] = 1
-    CHANGEABLE: ClassVar[frozenset[str]] = frozenset({"dropout", "activation_checkpointing", "max_length"})
+    CHANGEABLE: ClassVar[frozenset[str]] = frozenset({"dropout", "activation_checkpointing", "max_length", "attention"})
 
     vocab_size: int | None = None
     """Number of token ids; None takes it from the tokeniser."""
@@ -81,6 +82,9 @@ class PaLMConfig(NetworkConfig):
     """Dropped share of attention weights and of each block's output, while training; the paper fine-tunes with 0.1."""
     activation_checkpointing: bool = False
     """Keep only block inputs for the backward pass and recompute the rest: less memory for about a third more time."""
+    attention: Packed = "auto"
+    """How packed documents attend within themselves: "flex" by FlexAttention, "sdpa" without it, "auto" by it where the
+    device can and there is no dropout."""
 
     def __post_init__(self) -> None:
         for name in ("d_model", "num_layers", "num_heads", "head_dim", "num_kv_heads", "max_length", "xpos_scale_base"):
@@ -99,6 +103,10 @@ class PaLMConfig(NetworkConfig):
             raise ValueError(f'PaLMConfig.qk_norm is {self.qk_norm!r}: choose "none", "l2" or "layer"')
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"PaLMConfig.dropout is {self.dropout}: choose a share from 0 up to, not including, 1")
+        if self.attention not in get_args(Packed):
+            raise ValueError(f"PaLMConfig.attention is {self.attention!r}: choose {', '.join(get_args(Packed))}")
+        if self.attention == "flex" and self.dropout:
+            raise ValueError("PaLMConfig.attention is 'flex', which knows no dropout: choose auto, or no dropout")
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> PaLMConfig:
@@ -224,6 +232,8 @@ class Block(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if isinstance(bias, Documents):
             return attend_within(q, k, v, bias, dropout).flatten(2)
+        if isinstance(bias, Blocks):
+            return attend_blocks(q, k, v, bias).flatten(2)
         if isinstance(bias, Sequences):
             home = bias.home[: q.shape[1]]
             rows = self.attend(put(q, home, bias), spread(k, bias), spread(v, bias), None, None)
@@ -402,9 +412,14 @@ class PaLM(Network):
 
     def attention_bias(self, x: Tensor, mask: Tensor | None, documents: Tensor | None, cache: PaLMCache | None) -> Seen:
         """What is added to attention scores, [B, 1, T, S]; None for plain causal attention; where documents lie."""
-        eager = self.layers[0].compiled is None  # compiled for any length, not for these
-        if documents is not None and mask is None and eager and (found := find_documents(documents)):
-            return found
+        if documents is not None and mask is None:
+            config, block = self.config, cast(Block, self.layers[0])
+            heads = (block.num_heads, block.num_kv_heads, config.head_dim)
+            if not config.dropout and takes_blocks(config.attention, documents, x, *heads):
+                return find_blocks(documents)
+            # what is compiled is so for any length, not for these
+            if block.compiled is None and (found := find_documents(documents)):
+                return found
         width, past = x.shape[1], cache.length if cache is not None else 0
         kept = None if cache is None else cache.bias_of(past + width)
         if cache is not None and width == 1:

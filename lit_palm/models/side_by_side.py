@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lit_palm.models.attention import Documents
+from lit_palm.models.flex import Blocks
 from lit_palm.types import sent
 
 __all__ = ["Seen", "Sequences", "SideBySide", "collect", "put", "side_by_side", "spread"]
@@ -59,9 +60,9 @@ class Sequences(NamedTuple):
         return Sequences(place, home, shared, copies, self.read)
 
 
-Seen = Tensor | Documents | Sequences | None
-"""What attention is told that a token sees: a bias [B, 1, T, S] on its scores, or that it belongs to rows; None: what
-comes before it."""
+Seen = Tensor | Documents | Blocks | Sequences | None
+"""What attention is told that a token sees: a bias [B, 1, T, S] on its scores, where its documents lie, or that it
+belongs to rows; None: what comes before it."""
 
 
 class SideBySide(NamedTuple):

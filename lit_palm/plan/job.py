@@ -199,7 +199,7 @@ class Job:
     devices: int = 1
     accumulate: int = 1
     masked: bool = False
-    """Rows hold several documents, so attention is given a mask."""
+    """Rows hold several documents, so attention is given a mask; with FlexAttention, less than that."""
     entropy_trained: bool = False
     """The loss reads entropies, so backward goes through them."""
     collection: Collection | None = None

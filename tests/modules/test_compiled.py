@@ -123,7 +123,7 @@ def test_16_bit_networks() -> None:
 def test_two_processes_take_the_steps_of_an_eager_one(name: str, tmp_path: Path) -> None:
     """The short form, without derivatives of graphs, is among test_strategies.py's."""
     job = "language_model+compiled+6"
-    check(job, processes(tmp_path, name, job), tmp_path / "one")
+    check(job, processes(tmp_path, name, job, timeout=900), tmp_path / "one")
 
 
 def test_the_last_step_is_machine_code(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ def check(job: str, folder: Path, here: Path) -> None:
     """The losses, gradient norms and weights of a job are those of one process."""
     plain = job.replace("+layers", "").replace("+hybrid", "").replace("+offloaded", "").replace("+whole", "")
     plain = plain.replace("+offload", "").replace("+recomputed", "").replace("+continuous", "")
-    plain = plain.replace("+compiled", "").replace("+traced", "")
+    plain = plain.replace("+compiled", "").replace("+traced", "").replace("+flex", "")
     _, _, one = train(plain, here)
     many = torch.load(folder / f"{job}.pt")
     assert len(one.losses) == len(many["losses"]) >= 6
@@ -102,6 +102,10 @@ def test_twenty_steps_whole(name: str, tmp_path: Path) -> None:
         ("sharded", ("policy+20+continuous",)),
         ("fsdp1", ("policy+20+offloaded", "language_model+20+recomputed")),
         ("tensor", ("policy+20+continuous",)),
+        ("sharded", ("language_model+flex+20", "language_model+flex+recomputed+20", "language_model+flex+traced+20")),
+        ("fsdp1", ("language_model+flex+20",)),
+        ("tensor", ("language_model+flex+20",)),
+        ("ddp", ("language_model+flex+20",)),
     ],
 )
 def test_settings_change_memory_and_nothing_else(name: str, jobs: tuple[str, ...], tmp_path: Path) -> None:

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.nn.attention import flex_attention as torchs
 
 from lit_palm.callbacks import LastCheckpoint
 from lit_palm.data import PreferenceData
-from lit_palm.models import compiled
+from lit_palm.models import compiled, flex
 from lit_palm.modules.reference import ReferenceUpdate
 from lit_palm.modules.sharding import Sharding
 from lit_palm.rollout import lengths
@@ -53,6 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "unfrozen": {"unfrozen_layers": 1},
     "compiled": {"compile": True},
     "traced": {"compile": True},
+    "flex": {"network": {"attention": "flex"}},
     "deep": {"network": {"num_layers": 3}},
     "large": {"network": {"d_model": 512, "num_layers": 8, "num_heads": 8, "head_dim": 64}},
     "bf16": {},
@@ -102,10 +104,12 @@ def settings_of(job: str) -> tuple[str, list[str], dict[str, Any]]:
     """Kind, settings, and the module's options of a job."""
     kind, *settings = job.split("+")
     options: dict[str, Any] = {}
+    network: dict[str, Any] = {}
     for setting in settings:
         if not setting.isdigit():
-            options |= {k: config(**v) if k == "network" else v for k, v in SETTINGS[setting].items()}
-    return kind, settings, options
+            network |= SETTINGS[setting].get("network", {})
+            options |= {k: v for k, v in SETTINGS[setting].items() if k != "network"}
+    return kind, settings, {**options, **({"network": config(**network)} if network else {})}
 
 
 def train(job: str, folder: Path, name: str = "one") -> tuple[Any, Any, Trajectory]:
@@ -115,6 +119,8 @@ def train(job: str, folder: Path, name: str = "one") -> tuple[Any, Any, Trajecto
     for setting, backend in (("traced", "eager"), ("compiled", "aot_eager")):
         if setting in settings:
             compiled.BACKEND = backend  # graphs as ever (and their derivatives), without minutes in a C++ compiler
+    if "flex" in settings:  # torch runs it on the host without a kernel, once it no longer refuses to train by it
+        torchs._validate_device, flex.BACKEND, flex.BLOCK = lambda *tensors: None, "eager", 8
     seen = Trajectory()
     callbacks: list[Any] = [seen]
     if steps is not None:
