@@ -26,7 +26,7 @@ from lit_palm.demo.run import addition_recipe, plugin_rows, ratings_recipe
 from lit_palm.models.palm import PRESETS, PaLMConfig
 from lit_palm.plugins import plugin_table
 from tests.modules import test_logged_names as logged
-from tests.run_readme import readme_commands, who_runs
+from tests.run_readme import forkable, readme_commands, who_runs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -58,6 +58,15 @@ def test_every_command_is_run_by_somebody(command: str) -> None:
         config = " ".join(word for word in words if word.startswith("configs/demo/"))
         harmless = "--print_config" in words or "--trainer.callbacks=null" in words
         assert words[1] != "fit" or not config or harmless, "this would overwrite a checkpoint of the recipe"
+
+
+def test_a_shell_runs_each_verb_and_all_that_is_not_plain() -> None:
+    known: set[str] = set()
+    assert forkable('lit-palm generate --prompt "a b"', known) is None and known == {"generate"}
+    assert forkable('lit-palm generate --prompt "a b" # a word', known) == ["generate", "--prompt", "a b"]
+    for command in ("echo a | lit-palm generate", "A=b lit-palm generate", "lit-palm generate > file",
+                    "lit-palm generate --trainer.devices=2", "lit-palm plugins"):  # fmt: skip
+        assert forkable(command, known) is None, command
 
 
 def test_the_recipes_are_shown_whole() -> None:
