@@ -76,7 +76,8 @@ def test_two_pairs_are_learned(objective: Objective, tmp_path: Path) -> None:
     if "nll" in last:
         assert last["nll"] < first["nll"] - 0.5
     if "reference" in objective.needs:
-        assert first["rewards/margins"] == 0, "the policy starts as its reference"
+        # float32: for so few tokens a pass without gradients takes its products the other way round
+        assert abs(first["rewards/margins"]) < 1e-5, "the policy starts as its reference"
 
 
 def test_accumulation_takes_the_step_of_a_large_batch_with_both_terms(tmp_path: Path) -> None:
