@@ -20,7 +20,6 @@ from torch.autograd.function import once_differentiable
 
 from lit_palm.models.hardware import multiplies
 from lit_palm.models.kernels import thin_linear
-from lit_palm.models.shared_keys import shared_attention, stacks
 
 __all__ = ["attention", "linear", "product_type", "widened", "widens"]
 
@@ -105,22 +104,12 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
     """`F.scaled_dot_product_attention`, in float32 where that is quicker; options are its own.
 
-    In float32 its backward pass keeps queries, keys and values in float32 too.
+    In float32 its backward pass keeps queries, keys, values and the result in float32 too.
     """
     dtype = product_type(q)
     if not widens(q, dtype):
-        return _attention(q, k, v, bias, dtype, options)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, **options)
     q, k, v = (t.to(dtype).float() for t in (q, k, v))
     with torch.autocast(q.device.type, enabled=False):
         bias = bias.float() if bias is not None and bias.is_floating_point() else bias
-        return _attention(q, k, v, bias, q.dtype, options).to(dtype)
-
-
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dtype: torch.dtype, options: dict[str, Any]
-) -> Tensor:
-    """Attention in a type that the tensors have, or that autocast gives them."""
-    causal = options.get("is_causal") and bias is None and not options.get("dropout_p")
-    if causal and dtype == q.dtype and stacks(q, k):
-        return shared_attention(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, **options)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, **options).to(dtype)
