@@ -1,6 +1,6 @@
 """Run by test_sharded_families.py on two processes as a program: command lines of lit-palm, one after the other.
 
-    torchrun --nproc-per-node 2 -m tests.foreign.two_ranks COMMANDS.json
+torchrun --nproc-per-node 2 -m tests.foreign.two_ranks COMMANDS.json
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A step of DPO as it is trained, beside TRL's formula on a plain network in float64.
 
 Ours is a step of `LitPolicy` under the Trainer with all that makes it quick: prompts shared side by side, padding left
-out, query heads stacked, log-probabilities a few tokens at a time, the Trainer's precision, the reference computed in
+out, log-probabilities a few tokens at a time, the Trainer's precision, the reference computed in
 advance. Beside it the network's weights before that step are put into one of float64, which runs each row by itself
 under a mask, takes the softmax of all its logits, and hands the log-probabilities to the loss code of TRL's DPOTrainer.
 Compared are the loss, what is logged, and the gradient of every weight that the optimiser gets.
@@ -27,7 +27,7 @@ from torch import Tensor
 from trl_dpo_loss import trl_dpo
 
 from lit_palm import Experience, LitPolicy, Output, PaLMConfig, PreferenceData
-from lit_palm.models import TokenLogProbs, half, shared_keys
+from lit_palm.models import TokenLogProbs
 from lit_palm.modules import parts
 
 pytest.importorskip("trl", minversion="1.16")
@@ -107,21 +107,16 @@ def plain_logps(weights: list[Tensor], like: LitPolicy, batch: Experience) -> tu
 
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
-    """What the fast paths did: tokens computed, rows of queries stacked; a few logits at a time."""
-    seen: dict[str, list[int]] = {"tokens": [], "stacked": []}
-    laid, stacked, made = parts.side_by_side, shared_keys.shared_attention, TokenLogProbs.__init__
+    """What the fast paths did: tokens computed; a few logits at a time."""
+    seen: dict[str, list[int]] = {"tokens": []}
+    laid, made = parts.side_by_side, TokenLogProbs.__init__
 
     def side_by_side(*args: Any) -> Any:
         found = laid(*args)
         seen["tokens"].append(-1 if found is None else found.tokens.numel())
         return found
 
-    def attention(*args: Tensor) -> Tensor:
-        seen["stacked"].append(len(args[0]))
-        return stacked(*args)
-
     monkeypatch.setattr(parts, "side_by_side", side_by_side)
-    monkeypatch.setattr(half, "shared_attention", attention)
     monkeypatch.setattr(
         TokenLogProbs, "__init__", lambda self, *args, **options: made(self, *args, max_elements=LOGITS, **options)
     )
@@ -156,8 +151,6 @@ def test_a_step_as_it_is_trained_is_trls(
     # a BOS and a prompt once, answers with their EOS, which nothing follows
     tokens = sum(1 + prompt + n + m for prompt, (n, m) in zip(PROMPTS, ANSWERS, strict=True))
     assert set(fast["tokens"]) == {tokens} and tokens < 0.6 * batch["tokens"].numel()
-    two_bytes_multiply = precision != "32-true" and not half.widens(torch.zeros(1), torch.bfloat16)
-    assert set(fast["stacked"]) == (set() if two_bytes_multiply else {2 * len(PROMPTS)})
 
     logps, leaves = plain_logps(recorded.before[-1], module, batch)
     reference, _ = plain_logps(recorded.before[0], module, batch)

@@ -1,8 +1,8 @@
 """A step of GRPO as it is trained, beside TRL's formula on a plain network in float64.
 
 Ours is a whole run under the Trainer with all that makes it quick: completions sampled from a cache, their
-log-probabilities recorded on the way and taken as the old ones, prompts shared side by side, padding left out, query
-heads stacked, log-probabilities a few tokens at a time, the Trainer's precision, the correction for an engine of other
+log-probabilities recorded on the way and taken as the old ones, prompts shared side by side, padding left out,
+log-probabilities a few tokens at a time, the Trainer's precision, the correction for an engine of other
 weights. Looked at is the last step of the second collection, so that ratios differ from 1. Beside it the weights that
 the step starts from, those that sampled, and those of the reference are put into networks of float64, which run each
 row by itself under a mask, take the softmax of all logits, and hand their log-probabilities to the loss code of TRL's
@@ -41,7 +41,7 @@ from lit_palm import (
     RolloutConfig,
     Sampling,
 )
-from lit_palm.models import TokenLogProbs, half, shared_keys
+from lit_palm.models import TokenLogProbs
 from lit_palm.modules import parts
 
 pytest.importorskip("trl")
@@ -120,21 +120,16 @@ def plain_logps(weights: list[Tensor], like: LitPolicy, batch: Experience) -> tu
 
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
-    """What the fast paths did: the share of tokens computed, rows of queries stacked; a few logits at a time."""
-    seen: dict[str, list[float]] = {"share": [], "stacked": []}
-    laid, stacked, made = parts.side_by_side, shared_keys.shared_attention, TokenLogProbs.__init__
+    """What the fast paths did: the share of tokens computed; a few logits at a time."""
+    seen: dict[str, list[float]] = {"share": []}
+    laid, made = parts.side_by_side, TokenLogProbs.__init__
 
     def side_by_side(tokens: Tensor, *args: Any) -> Any:
         found = laid(tokens, *args)
         seen["share"].append(2.0 if found is None else found.tokens.numel() / tokens.numel())
         return found
 
-    def attention(*args: Tensor) -> Tensor:
-        seen["stacked"].append(len(args[0]))
-        return stacked(*args)
-
     monkeypatch.setattr(parts, "side_by_side", side_by_side)
-    monkeypatch.setattr(half, "shared_attention", attention)
     monkeypatch.setattr(
         TokenLogProbs, "__init__", lambda self, *args, **options: made(self, *args, max_elements=LOGITS, **options)
     )
@@ -187,8 +182,6 @@ def test_a_step_as_it_is_trained_is_trls(
     of_gradient, of_loss, of_token = BOUNDS[precision]
 
     assert fast["share"][-1] < 0.5, "one prompt for all completions"
-    two_bytes_multiply = precision != "32-true" and not half.widens(torch.zeros(1), torch.bfloat16)
-    assert bool(fast["stacked"]) is not two_bytes_multiply
 
     mask = batch["loss_mask"]
     new, leaves = plain_logps(recorded.before[-1], module, batch)
