@@ -20,7 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lit_palm.testing.processes import run_program
+from lit_palm.testing.processes import Program
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,7 +71,7 @@ def run(command: str, known: set[str], environment: dict[str, str]) -> int:
     if arguments is None:
         return subprocess.run(["bash", "-euc", command], cwd=ROOT, env=environment).returncode
     with tempfile.TemporaryDirectory() as output:
-        done = run_program("lit_palm", arguments, Path(output), environment, ROOT, timeout=1800)
+        done = Program("lit_palm", arguments, Path(output), environment, ROOT).finish(1800)
     print(done.stdout, flush=True)
     print(done.stderr, file=sys.stderr, flush=True)
     return done.returncode

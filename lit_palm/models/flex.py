@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from lit_palm.models.attention import bias_of
 from lit_palm.models.half import attention, product_type
 from lit_palm.models.hardware import is_host
 
-__all__ = ["Blocks", "Packed", "attend_blocks", "find_blocks", "takes_blocks", "why_not"]
+__all__ = ["Packed", "attend_blocks", "find_blocks", "takes_blocks", "why_not"]
 
 Packed = Literal["auto", "sdpa", "flex"]
 
@@ -37,14 +37,7 @@ AGREES = {torch.float64: 1e-6, torch.float32: 1e-2}
 of float32 numbers may be those of 10-bit mantissas (`torch.set_float32_matmul_precision`)."""
 
 
-class Blocks(NamedTuple):
-    """Which blocks of tokens of packed rows share a document."""
-
-    mask: BlockMask
-    """[B, 1, T, T], by blocks."""
-
-
-def find_blocks(documents: Tensor) -> Blocks:
+def find_blocks(documents: Tensor) -> BlockMask:
     """The table of packed rows, made where they are without waiting for it.
 
     Right for any documents. Few blocks are computed where they lie one after the other in the order of their numbers,
@@ -52,6 +45,9 @@ def find_blocks(documents: Tensor) -> Blocks:
 
     Args:
         documents: [B, T] long.
+
+    Returns:
+        [B, 1, T, T], by blocks.
     """
     documents = documents.contiguous()  # the kernel's graph is one for strides too
     rows, width = documents.shape
@@ -70,7 +66,7 @@ def find_blocks(documents: Tensor) -> Blocks:
         return (query >= key) & (documents[b, query] == documents[b, key])
 
     tables = (*_listed(touches & ~whole), *_listed(whole))
-    return Blocks(BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=BLOCK, mask_mod=seen, seq_lengths=(width, width)))
+    return BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=BLOCK, mask_mod=seen, seq_lengths=(width, width))
 
 
 def _listed(pairs: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,7 +75,7 @@ def _listed(pairs: Tensor) -> tuple[Tensor, Tensor]:
     return pairs.sum(2, dtype=torch.int32)[:, None], which.int()[:, None].contiguous()
 
 
-def attend_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
+def attend_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask) -> Tensor:
     """Causal attention of each token over its own document.
 
     Args:
@@ -95,7 +91,7 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
     # a graph around it takes it in
     attend = _attend if torch.compiler.is_compiling() else _compiled(BACKEND)
     q, k, v = (t.transpose(1, 2).to(dtype) for t in (q, k, v))
-    out: Tensor = attend(q, k, v, blocks.mask, grouped)
+    out: Tensor = attend(q, k, v, blocks, grouped)
     return out.transpose(1, 2)
 
 
@@ -164,7 +160,7 @@ def _difference(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: 
     inputs = [t.requires_grad_() for t in (q, k, v)]
     # a graph of its own: sizes that change from here to the run would make the run's graph one for any size
     attend = torch.compile(lambda *args, **options: flex_attention(*args, **options), backend=BACKEND)
-    options = {"block_mask": find_blocks(documents).mask, "enable_gqa": True}
+    options = {"block_mask": find_blocks(documents), "enable_gqa": True}
     found = attend(*(t.transpose(1, 2) for t in inputs), **options).transpose(1, 2)
     bias = bias_of(q, 0, None, documents, None)
     keys, values = (t.repeat_interleave(heads // kv_heads, 2).transpose(1, 2) for t in (k, v))

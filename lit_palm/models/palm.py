@@ -26,12 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
 from lit_palm.models.attention import Documents, attend_within, bias_of, find_documents
 from lit_palm.models.base import Cache, Head, Network, NetworkConfig
 from lit_palm.models.cache import PaLMCache
-from lit_palm.models.flex import Blocks, Packed, attend_blocks, find_blocks, takes_blocks
+from lit_palm.models.flex import Packed, attend_blocks, find_blocks, takes_blocks
 from lit_palm.models.half import attention, linear
 from lit_palm.models.kernels import recomputed, split_swiglu
 from lit_palm.models.layers import Linear, Norm, QKNorm, rotate
@@ -232,7 +233,7 @@ class Block(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if isinstance(bias, Documents):
             return attend_within(q, k, v, bias, dropout).flatten(2)
-        if isinstance(bias, Blocks):
+        if isinstance(bias, BlockMask):
             return attend_blocks(q, k, v, bias).flatten(2)
         if isinstance(bias, Sequences):
             home = bias.home[: q.shape[1]]

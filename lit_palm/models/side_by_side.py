@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import BlockMask
 
 from lit_palm.models.attention import Documents
-from lit_palm.models.flex import Blocks
 from lit_palm.types import sent
 
 __all__ = ["Seen", "Sequences", "SideBySide", "collect", "put", "side_by_side", "spread"]
@@ -60,7 +60,7 @@ class Sequences(NamedTuple):
         return Sequences(place, home, shared, copies, self.read)
 
 
-Seen = Tensor | Documents | Blocks | Sequences | None
+Seen = Tensor | Documents | BlockMask | Sequences | None
 """What attention is told that a token sees: a bias [B, 1, T, S] on its scores, where its documents lie, or that it
 belongs to rows; None: what comes before it."""
 

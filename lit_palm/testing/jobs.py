@@ -38,7 +38,7 @@ from lit_palm.rollout.rewards import PythonReward
 from lit_palm.rollout.sampling import Sampling
 from lit_palm.testing.batches import DataKind
 from lit_palm.testing.entries import class_path, entry_of
-from lit_palm.testing.processes import run_program
+from lit_palm.testing.processes import Program
 from lit_palm.testing.rows import lower_case, write_rows
 from lit_palm.testing.subject import GROUP, Factory, Subject, class_and_arguments
 
@@ -299,7 +299,7 @@ def command(arguments: Sequence[str], cls: type, ranks: int = 1, timeout: float 
     environment["PYTHONPATH"] = os.pathsep.join([str(home), *(p for p in sys.path if p)])
     environment["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as output:
-        done = run_program("lit_palm", arguments, Path(output), environment, ranks=ranks, timeout=timeout)
+        done = Program("lit_palm", arguments, Path(output), environment, ranks=ranks).finish(timeout)
     err = done.stderr
     if done.returncode == -signal.SIGKILL:
         err += f"\nstopped after {timeout:g} seconds: do all processes run the same number of forward passes?"

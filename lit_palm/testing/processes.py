@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["Program", "run_program", "warm_context"]
+__all__ = ["Program", "warm_context"]
 
 PRELOADED = ("lightning.pytorch.cli", "lit_palm.callbacks", "lit_palm.cli", "lit_palm.data", "lit_palm.modules")
 SHARED_FATE = 10.0
@@ -110,25 +110,15 @@ class Program:
             os.killpg(self.pid, signal.SIGKILL)
             self._process.join()
 
-
-def run_program(
-    module: str,
-    arguments: Sequence[str],
-    output: Path,
-    environment: Mapping[str, str] | None = None,
-    folder: Path | None = None,
-    ranks: int = 1,
-    timeout: float = 300,
-) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end; see `Program`. One that takes longer than `timeout` seconds is killed: status -9."""
-    program = Program(module, arguments, output, environment, folder, ranks)
-    try:
-        status = program.wait(timeout)
-    except subprocess.TimeoutExpired:
-        status = -signal.SIGKILL
-    finally:
-        program.kill()
-    return subprocess.CompletedProcess([module, *arguments], status, program.stdout, program.stderr)
+    def finish(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        """Wait for the end; if it takes longer than so many seconds, kill it: status -9."""
+        try:
+            status = self.wait(timeout)
+        except subprocess.TimeoutExpired:
+            status = -signal.SIGKILL
+        finally:
+            self.kill()
+        return subprocess.CompletedProcess(self._process.name, status, self.stdout, self.stderr)
 
 
 def _begin(

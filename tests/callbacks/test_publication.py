@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from lit_palm.testing.processes import run_program
+from lit_palm.testing.processes import Program
 
 ROOT = Path(__file__).parents[2]
 
 
 def deaths(folder: Path, *arguments: str) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = run_program("tests.callbacks.deaths", [str(folder), *arguments], folder / "log", environment, ROOT,
-                      timeout=1800)  # fmt: skip
+    program = Program("tests.callbacks.deaths", [str(folder), *arguments], folder / "log", environment, ROOT)
+    run = program.finish(1800)
     assert run.returncode == 0, run.stdout + run.stderr[-4000:]
     return run.stdout
 

@@ -21,7 +21,7 @@ from lit_palm.callbacks import LastCheckpoint, RolloutWriter, Timeline
 from lit_palm.callbacks.trace_file import OPERATORS, TraceFile
 from lit_palm.modules.rollouts import PHASES
 from lit_palm.rollout.rewards import PythonReward
-from lit_palm.testing.processes import run_program
+from lit_palm.testing.processes import Program
 from lit_palm.timing import Span, Stopwatch, listen, span, unlisten
 from tests.support import language_model, policy, prompt_data, text_data, trainer
 
@@ -281,7 +281,7 @@ run.fit(language_model(), datamodule=text_data(folder, validation=None))
 def test_a_run_that_is_killed_leaves_a_valid_trace(tmp_path: Path) -> None:
     (tmp_path / "dying_run.py").write_text(KILLED)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = run_program("dying_run", [str(tmp_path)], tmp_path / "log", environment, ROOT)
+    done = Program("dying_run", [str(tmp_path)], tmp_path / "log", environment, ROOT).finish()
     assert done.returncode == 9, done.stderr[-2000:]
     assert sum(e["name"] == "step" for e in spans_of(tmp_path / "trace.json")) == 3
     assert [p.name for p in tmp_path.glob("*trace*")] == ["trace.json"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lit_palm.callbacks import MixtureShares
 from lit_palm.data import StreamingTextData, TextSource
-from lit_palm.testing.processes import run_program
+from lit_palm.testing.processes import Program
 from tests.data.stream_files import shards
 from tests.modules.test_resume import Deadly, Killed
 from tests.support import adamw, config, everything, language_model, recorded, same, trainer
@@ -183,7 +183,7 @@ def test_two_processes_share_a_stream_and_end_together(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for arguments in ([], [str(tmp_path / "two" / "last.ckpt")]):
         given = [str(tmp_path), *arguments]
-        result = run_program("shared_stream", given, tmp_path / "log", environment, tmp_path, ranks=2, timeout=240)
+        result = Program("shared_stream", given, tmp_path / "log", environment, tmp_path, ranks=2).finish(240)
         assert result.returncode == 0 or (tmp_path / "first1.pt").exists(), result.stderr[-3000:]
     ranks = [torch.load(tmp_path / f"first{r}.pt") + torch.load(tmp_path / f"rest{r}.pt") for r in range(2)]
     assert len(ranks[0]) == len(ranks[1]) == len(order)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from lit_palm.demo.run import addition_recipe, overrides, plugin_rows, ratings_recipe, relocate
-from lit_palm.testing.processes import run_program
+from lit_palm.testing.processes import Program
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,7 +71,7 @@ def test_short_run_of_the_addition_recipe(tmp_path: Path) -> None:
     target = tmp_path / "addition"
     arguments = ["run", "--recipe", "addition", "--fast", "--folder", str(target)]
     environment = os.environ | {"LIT_PALM_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    done = run_program("lit_palm.demo", arguments, tmp_path / "log", environment, ROOT, timeout=600)
+    done = Program("lit_palm.demo", arguments, tmp_path / "log", environment, ROOT).finish(600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     seconds = json.loads((target / "seconds.json").read_text())
     assert set(seconds) == {"total", "core", *(stage for stage, _ in addition_recipe())}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_palm.testing.processes import run_program
+from lit_palm.testing.processes import Program
 from tests.families import write_family
 from tests.foreign.aligning import arguments, check_export, keep, second, train, weights, write_data
 from tests.support import apart
@@ -29,8 +29,8 @@ def run(commands: list[list[str]], folder: Path) -> None:
     written = folder / "commands.json"
     written.write_text(json.dumps(commands))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LIT_PALM_CACHE": str(folder / "cache")}
-    done = run_program("tests.foreign.two_ranks", [str(written)], folder / "log", environment, ROOT, ranks=2,
-                       timeout=500)  # fmt: skip
+    program = Program("tests.foreign.two_ranks", [str(written)], folder / "log", environment, ROOT, ranks=2)
+    done = program.finish(500)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lit_palm import LoRA, load_network
-from lit_palm.testing.processes import run_program
+from lit_palm.testing.processes import Program
 from tests.lora.runs import LORA, base, fit, tokens
 from tests.lora.two_ranks import STEPS
 from tests.modules.strategies import saved_weights, strategy
@@ -39,7 +39,7 @@ def run(folder: Path, name: str, starts: tuple[Path, Path]) -> Path:
     environment = {**os.environ, "LIT_PALM_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     arguments = [str(folder), name, *map(str, starts)]
     ranks = 1 if name == "one" else 2
-    done = run_program("tests.lora.two_ranks", arguments, folder / "log", environment, ROOT, ranks, timeout=400)
+    done = Program("tests.lora.two_ranks", arguments, folder / "log", environment, ROOT, ranks).finish(400)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

@@ -119,6 +119,21 @@ def test_matrices(rows: int) -> None:
         assert matrix_error(matrices.FloatMatrix(weight.split((10, 30), 1)), weight, rows) < 2e-5
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_single_row_is_multiplied_by_all_threads(threads: int) -> None:
+    """In parts, of which there are enough for all: 1e-5 as above."""
+    if not matrices.packs():
+        pytest.skip("this build of torch has no packed products")
+    weight, usual = torch.randn(30, 40), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        matrix = matrices.FloatMatrix(weight.split((10, 30), 1))
+        assert matrix_error(matrix, weight, 1) < 2e-5
+    finally:
+        torch.set_num_threads(usual)
+    assert matrix.single is not None and len(matrix.single) == {1: 1, 2: 2, 3: 4}[threads]
+
+
 def test_eight_bits() -> None:
     pytest.importorskip("torchao")
     torch.manual_seed(0)

@@ -76,7 +76,7 @@ def dense(counts: Tensor, indices: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("rows", [ROWS, ROWS[:, :21], PIECES, ROWS[:, ::2], -torch.ones(1, 24).long()])
 def test_the_table_leaves_out_no_block_that_is_seen(rows: Tensor) -> None:
-    mask = find_blocks(rows).mask
+    mask = find_blocks(rows)
     cut = blocks_of(pairs_seen(rows))
     some, every = cut.any(4).any(2), cut.all(4).all(2)
     assert mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None
@@ -211,7 +211,7 @@ def test_no_number_for_each_pair_of_tokens(host_is_a_gpu: None, monkeypatch: pyt
     monkeypatch.setattr(palm, "bias_of", refuse)
     hidden = torch.zeros(4, 64, 48)
     with Largest() as largest:
-        assert isinstance(network.attention_bias(hidden, None, rows, None), flex.Blocks)
+        assert isinstance(network.attention_bias(hidden, None, rows, None), torchs.BlockMask)
     assert largest.number <= max(4 * 64, 4 * 8 * 9)
 
 

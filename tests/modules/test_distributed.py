@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lit_palm.modules.checkpoint import export_folder, read_checkpoint
 from lit_palm.modules.weights import load_network
-from lit_palm.testing.processes import run_program
+from lit_palm.testing.processes import Program
 from tests.modules.two_processes import make
 from tests.support import apart, policy, prompt_data, trainer, weights
 
@@ -51,7 +51,7 @@ def two_processes(folder: Path, strategy: str, *jobs: str) -> Path:
     folder.mkdir()
     environment = {**os.environ, "LIT_PALM_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     program, arguments = "tests.modules.two_processes", [str(folder), strategy, *jobs]
-    done = run_program(program, arguments, folder / "log", environment, ROOT, ranks=2)
+    done = Program(program, arguments, folder / "log", environment, ROOT, ranks=2).finish()
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

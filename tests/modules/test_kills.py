@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_palm.testing.processes import run_program
+from lit_palm.testing.processes import Program
 
 ROOT = Path(__file__).parents[2]
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 def killed(folder: Path, kind: str, count: int, how: str, seed: int, timeout: float) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     arguments = [str(folder), kind, str(count), how, str(seed)]
-    done = run_program("tests.modules.killed_runs", arguments, folder / "out", environment, ROOT, timeout=timeout)
+    done = Program("tests.modules.killed_runs", arguments, folder / "out", environment, ROOT).finish(timeout)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     assert f"killed {count} times" in done.stdout
     print(done.stdout)

@@ -87,6 +87,19 @@ def test_a_reference_computed_in_advance_is_let_go_and_made_again_when_asked_for
     same(start, before)
 
 
+def test_a_reference_that_changed_while_it_was_away_is_refused(tmp_path: Path) -> None:
+    """A file that is replaced is still mapped, and the run keeps its reference; one that is written over is not."""
+    path, other = tmp_path / "reference.ckpt", tmp_path / "other.ckpt"
+    fit(tmp_path / "one", preference_policy(), max_steps=1).save_checkpoint(path)
+    fit(tmp_path / "two", preference_policy(), max_steps=2).save_checkpoint(other)
+    module = preference_policy(reference=str(path), precompute_reference=True, sampling=Sampling(max_new_tokens=8))
+    trainer(tmp_path, max_epochs=1).fit(module, datamodule=ranking_data(tmp_path, batch_size=3))
+    with path.open("r+b") as file:
+        file.write(other.read_bytes())
+    with pytest.raises(ValueError, match=r"reference\.ckpt has changed since the run began, which needs it"):
+        trainer(tmp_path).validate(module, datamodule=prompt_data(tmp_path), verbose=False)
+
+
 @pytest.mark.parametrize("temperature", [0.7, 0.0])
 def test_how_samples_are_drawn_says_nothing_about_given_data(temperature: float, tmp_path: Path) -> None:
     plain = fit(tmp_path, preference_policy(), max_epochs=1)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lit_palm.testing.processes import run_program
+from lit_palm.testing.processes import Program
 from tests.modules.remote_runs import start_checkpoint
 from tests.modules.test_distributed import ROOT, TOLERANCE
 from tests.serve.conftest import Server
@@ -31,8 +31,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for strategy in ("ddp", "sharded"):
         (folder / strategy).mkdir()
         arguments = [str(folder / strategy), strategy, server.url, str(folder / "weights")]
-        done = run_program("tests.modules.remote_processes", arguments, folder / f"{strategy}.log", environment, ROOT,
-                           ranks=2)  # fmt: skip
+        done = Program("tests.modules.remote_processes", arguments, folder / f"{strategy}.log", environment, ROOT,
+                       ranks=2).finish()  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
     yield folder
     server.kill()

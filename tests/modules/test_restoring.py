@@ -18,7 +18,7 @@ from lit_palm.modules.checkpoint import consolidate, read_checkpoint
 from lit_palm.modules.safetensors_file import write_safetensors
 from lit_palm.modules.weights import load_network
 from lit_palm.objectives import LanguageModeling
-from lit_palm.testing.processes import run_program
+from lit_palm.testing.processes import Program
 from tests.modules import many_ranks
 from tests.support import apart, config, language_model, same, sentence, text_data, trainer, write_jsonl
 
@@ -36,8 +36,8 @@ def run(folder: Path, *arguments: Any) -> dict[str, Any]:
         return result
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     output = folder / f"{arguments[4]}.log"
-    done = run_program("tests.modules.many_ranks", [str(folder), *map(str, arguments)], output, environment, ROOT,
-                       ranks=int(arguments[1]))  # fmt: skip
+    done = Program("tests.modules.many_ranks", [str(folder), *map(str, arguments)], output, environment, ROOT,
+                   ranks=int(arguments[1])).finish()  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     result = torch.load(folder / f"{arguments[4]}.pt", weights_only=True)
     result["text"] = done.stderr + done.stdout
@@ -148,7 +148,7 @@ def test_shards_behind_a_url_are_as_good(shards: Path) -> None:
 @pytest.mark.parametrize("place", ["url", "fsdp1"])
 def test_shards_behind_a_url_and_those_of_fsdp1_resume_everywhere(place: str, tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = run_program("tests.modules.odd_places", [str(tmp_path), place], tmp_path / "log", environment, ROOT)
+    done = Program("tests.modules.odd_places", [str(tmp_path), place], tmp_path / "log", environment, ROOT).finish()
     assert done.returncode == 0, done.stderr[-4000:]
 
 

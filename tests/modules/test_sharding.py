@@ -19,7 +19,7 @@ from torch import nn
 
 from lit_palm.modules.sharding import Sharding, check_strategy
 from lit_palm.parallel.sharded import unsharded
-from lit_palm.testing.processes import run_program
+from lit_palm.testing.processes import Program
 from tests.support import write_jsonl
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +84,7 @@ def test_sizes_that_do_not_fit_are_one_line(size: int, sharding: str, message: s
     (tmp_path / "run.yaml").write_text(CONFIG % (size, sharding, data))
     environment = {**os.environ, "LIT_PALM_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     arguments = ["fit", "--config", str(tmp_path / "run.yaml")]
-    done = run_program("lit_palm", arguments, tmp_path / "log", environment, ROOT, timeout=120)
+    done = Program("lit_palm", arguments, tmp_path / "log", environment, ROOT).finish(120)
     errors = [line for line in done.stderr.splitlines() if line.startswith("lit-palm: error: ")]
     assert done.returncode == 2 and len(errors) == 1 and message in errors[0], done.stderr[-2000:]
     assert "Traceback" not in done.stderr

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from lit_palm.testing.processes import run_program
+from lit_palm.testing.processes import Program
 from tests.modules.strategies import PROCESSES, saved_weights
 from tests.modules.two_processes import train
 from tests.support import apart
@@ -39,9 +39,9 @@ def processes(folder: Path, name: str, *jobs: str, timeout: float = 400) -> Path
     # memory that is freed is given back at once, so that what a process takes is what it holds
     environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     if not any("measured" in job for job in jobs):
-        program = "tests.modules.two_processes"
-        done = run_program(program, [str(folder), name, *jobs], folder / "log", environment, ROOT, PROCESSES[name],
-                           timeout)  # fmt: skip
+        arguments, ranks = [str(folder), name, *jobs], PROCESSES[name]
+        program = Program("tests.modules.two_processes", arguments, folder / "log", environment, ROOT, ranks)
+        done = program.finish(timeout)
         assert done.returncode == 0, done.stderr[-3000:]
         return folder
     # what is in memory already when a forked process starts would not be counted

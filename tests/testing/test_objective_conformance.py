@@ -18,7 +18,7 @@ import pytest
 from lit_palm.objectives import PPO, LanguageModeling, RewardRanking, RewardRegression
 from lit_palm.plugins import discover
 from lit_palm.testing import ObjectiveChecks, ObjectiveConformance, ObjectiveRuns
-from lit_palm.testing.processes import run_program
+from lit_palm.testing.processes import Program
 from lit_palm.testing.subject import Factory
 
 ADAPTIVE = functools.partial(
@@ -237,7 +237,7 @@ class TestForgotten(ObjectiveChecks):
 def test_outside_of_this_repository(tmp_path: Path) -> None:
     (tmp_path / "test_mine.py").write_text(AUTHOR)
     arguments = ["-p", "no:cacheprovider", "-q", "--tb=line", "-rfE", "test_mine.py"]
-    done = run_program("pytest", arguments, tmp_path / "log", folder=tmp_path)
+    done = Program("pytest", arguments, tmp_path / "log", folder=tmp_path).finish()
     lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     assert [line for line in lines if "TestLikelihood" in line] == [], done.stdout
     mean = [line for line in lines if "TestMean" in line]

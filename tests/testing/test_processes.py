@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_palm.testing.processes import Program, run_program
+from lit_palm.testing.processes import Program
 
 PROGRAM = """
 import multiprocessing, os, sys, time
@@ -55,7 +55,7 @@ def alive(session: int) -> list[int]:
 
 
 def test_it_is_the_program_with_its_own_arguments_folder_and_environment(folder: Path) -> None:
-    done = run_program("some_program", ["ends", "x y"], folder / "out", environment(), folder)
+    done = Program("some_program", ["ends", "x y"], folder / "out", environment(), folder).finish()
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"__main__ ['ends', 'x y'] {folder} green 1 []\n"
     assert done.stderr == "None of None\n" and "COLOUR" not in os.environ
@@ -63,19 +63,19 @@ def test_it_is_the_program_with_its_own_arguments_folder_and_environment(folder:
 
 @pytest.mark.parametrize("what, status, said", [("fails", 7, ""), ("raises", 1, "ValueError: broken")])
 def test_its_status_and_its_error_are_told(what: str, status: int, said: str, folder: Path) -> None:
-    done = run_program("some_program", [what], folder / "out", environment(), folder)
+    done = Program("some_program", [what], folder / "out", environment(), folder).finish()
     assert done.returncode == status and said in done.stderr
 
 
 def test_ranks_know_of_each_other(folder: Path) -> None:
-    done = run_program("some_program", ["ends"], folder / "out", environment(), folder, ranks=2)
+    done = Program("some_program", ["ends"], folder / "out", environment(), folder, ranks=2).finish()
     assert done.returncode == 0 and sorted(done.stderr.splitlines()) == ["0 of 2", "1 of 2"]
 
 
 def test_a_rank_that_fails_ends_the_others(folder: Path) -> None:
     """The other would sleep for ten minutes; it is left some seconds to say something."""
     begun = time.monotonic()
-    done = run_program("some_program", ["fails"], folder / "out", environment(), folder, ranks=2, timeout=400)
+    done = Program("some_program", ["fails"], folder / "out", environment(), folder, ranks=2).finish(400)
     assert done.returncode == 7 and time.monotonic() - begun < 300
 
 

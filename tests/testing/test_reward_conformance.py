@@ -29,7 +29,7 @@ from lit_palm.rollout.rewards import (
     RewardModel,
 )
 from lit_palm.testing import RewardConformance
-from lit_palm.testing.processes import run_program
+from lit_palm.testing.processes import Program
 
 Factory = Callable[..., Reward]
 
@@ -495,6 +495,6 @@ def test_pytest_collects_it_and_says_what_is_missing(tmp_path: Path) -> None:
         "class TestNothing(RewardConformance):\n    pass\n"
     )
     arguments = ["-q", "-p", "no:cacheprovider", "test_spaces.py"]
-    done = run_program("pytest", arguments, tmp_path / "log", folder=tmp_path)
+    done = Program("pytest", arguments, tmp_path / "log", folder=tmp_path).finish()
     assert re.search(r"11 passed, 1 skipped, .*12 errors", done.stdout), done.stdout + done.stderr
     assert "TestNothing has no fixture `reward`: define one" in done.stdout

@@ -1,9 +1,9 @@
 """A step of DPO as it is trained, beside TRL's formula on a plain network in float64.
 
 Ours is a step of `LitPolicy` under the Trainer with all that makes it quick: prompts shared side by side, padding left
-out, log-probabilities a few tokens at a time, the Trainer's precision, the reference computed in
-advance. Beside it the network's weights before that step are put into one of float64, which runs each row by itself
-under a mask, takes the softmax of all its logits, and hands the log-probabilities to the loss code of TRL's DPOTrainer.
+out, log-probabilities a few tokens at a time, the Trainer's precision, the reference computed in advance. Beside it the
+network's weights before that step are put into one of float64, which runs each row by itself under a mask, takes the
+softmax of all its logits, and hands the log-probabilities to the loss code of TRL's DPOTrainer.
 Compared are the loss, what is logged, and the gradient of every weight that the optimiser gets.
 
 Tolerances, of the gradient as the length of the difference over that of the whole. float32 keeps 24 bits: 1e-4, after
@@ -21,14 +21,14 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lit_palm_dpo import DPO
-from torch import Tensor
 from trl_dpo_loss import trl_dpo
 
 from lit_palm import Experience, LitPolicy, Output, PaLMConfig, PreferenceData
 from lit_palm.models import TokenLogProbs
 from lit_palm.modules import parts
+from lit_palm.testing.steps import Recorder, Recording, plain_logps
 
 pytest.importorskip("trl", minversion="1.16")
 
@@ -56,53 +56,6 @@ def pairs(folder: Path) -> PreferenceData:
     path = folder / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return PreferenceData(train=str(path), tokenizer="bytes", batch_size=len(rows))
-
-
-class Recording(torch.optim.AdamW):
-    """Keeps what each step starts from, and the gradient that it takes."""
-
-    def __init__(self, groups: Any) -> None:
-        super().__init__(groups, lr=1e-3)
-        self.before: list[list[Tensor]] = []
-        self.gradients: list[list[Tensor]] = []
-
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        self.before.append([p.detach().clone() for p in parameters])
-        loss = closure()
-        self.gradients.append([p.grad.detach().clone() for p in parameters])
-        super().step()
-        return loss
-
-
-class Batches(Callback):
-    """Keeps them."""
-
-    def __init__(self) -> None:
-        self.batches: list[Experience] = []
-
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Experience, index: int) -> None:
-        self.batches.append(batch)
-
-
-def plain_logps(weights: list[Tensor], like: LitPolicy, batch: Experience) -> tuple[Tensor, list[Tensor]]:
-    """[B, T] log-probabilities of the answers in float64, and the weights as leaves, both in the optimiser's order."""
-    plain = network().build().double()
-    [optimizer] = like.trainer.optimizers
-    names = {id(p): name for name, p in like.networks["policy"].named_parameters()}
-    ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    own = dict(plain.named_parameters())
-    with torch.no_grad():
-        for name, weight in zip(ordered, weights, strict=True):
-            own[name].copy_(weight)
-    rows = []
-    for tokens, mask, targets in zip(batch["tokens"], batch["mask"], batch["loss_mask"], strict=True):
-        ids = tokens[mask][None]
-        logits = plain(ids, mask=torch.ones_like(ids, dtype=torch.bool))  # the mask keeps it from causal kernels
-        logps = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-        whole = torch.nn.functional.pad(logps[0], (1, len(tokens) - ids.shape[1]))
-        rows.append(torch.where(targets, whole, 0))
-    return torch.stack(rows), [own[name] for name in ordered]
 
 
 @pytest.fixture
@@ -138,7 +91,7 @@ def test_a_step_as_it_is_trained_is_trls(
     monkeypatch.setenv("LIT_PALM_CACHE", str(tmp_path / "cache"))
     torch.manual_seed(0)
     module = LitPolicy(network(), DPO(loss), optimizer=Recording, precompute_reference=precomputed)
-    seen = Batches()
+    seen = Recorder()
     run = Trainer(
         accelerator="cpu", devices=1, precision=precision, max_steps=STEPS, logger=False, log_every_n_steps=1,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
@@ -152,8 +105,8 @@ def test_a_step_as_it_is_trained_is_trls(
     tokens = sum(1 + prompt + n + m for prompt, (n, m) in zip(PROMPTS, ANSWERS, strict=True))
     assert set(fast["tokens"]) == {tokens} and tokens < 0.6 * batch["tokens"].numel()
 
-    logps, leaves = plain_logps(recorded.before[-1], module, batch)
-    reference, _ = plain_logps(recorded.before[0], module, batch)
+    logps, leaves = plain_logps(network(), recorded.before[-1], module, batch)
+    reference, _ = plain_logps(network(), recorded.before[0], module, batch)
     plain = Experience({**batch, "mask": batch["mask"].clone()})
     expected, their_metrics = trl_dpo(plain, Output(logps=logps, ref_logps=reference.detach()), [loss])
     of_gradient, of_loss, of_answer = BOUNDS[precision]

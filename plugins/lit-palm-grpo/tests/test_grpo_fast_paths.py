@@ -2,10 +2,10 @@
 
 Ours is a whole run under the Trainer with all that makes it quick: completions sampled from a cache, their
 log-probabilities recorded on the way and taken as the old ones, prompts shared side by side, padding left out,
-log-probabilities a few tokens at a time, the Trainer's precision, the correction for an engine of other
-weights. Looked at is the last step of the second collection, so that ratios differ from 1. Beside it the weights that
-the step starts from, those that sampled, and those of the reference are put into networks of float64, which run each
-row by itself under a mask, take the softmax of all logits, and hand their log-probabilities to the loss code of TRL's
+log-probabilities a few tokens at a time, the Trainer's precision, the correction for an engine of other weights. Looked
+at is the last step of the second collection, so that ratios differ from 1. Beside it the weights that the step starts
+from, those that sampled, and those of the reference are put into networks of float64, which run each row by itself
+under a mask, take the softmax of all logits, and hand their log-probabilities to the loss code of TRL's
 GRPOTrainer. Compared are the loss, what is logged, and the gradient of every weight that the optimiser gets.
 
 Tolerances, of the gradient as the length of the difference over that of the whole. float32 keeps 24 bits: 1e-4, since
@@ -18,12 +18,13 @@ takes all of its gradient along: in 16 bits the bounds are where no ratio comes.
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lit_palm_grpo import GRPO
 from torch import Tensor
 from trl_grpo_loss import completions as moved_left
@@ -43,6 +44,7 @@ from lit_palm import (
 )
 from lit_palm.models import TokenLogProbs
 from lit_palm.modules import parts
+from lit_palm.testing.steps import Recorder, Recording, plain_logps
 
 pytest.importorskip("trl")
 
@@ -67,57 +69,6 @@ def low(completions: list[str]) -> list[float]:
     return [sum(c < "a" for c in text) / max(len(text), 1) for text in completions]
 
 
-class Recording(torch.optim.AdamW):
-    """Keeps what each step starts from, and the gradient that it takes."""
-
-    def __init__(self, groups: Any) -> None:
-        super().__init__(groups, lr=2e-3)
-        self.before: list[list[Tensor]] = []
-        self.gradients: list[list[Tensor]] = []
-
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        self.before.append([p.detach().clone() for p in parameters])
-        loss = closure()
-        self.gradients.append([p.grad.detach().clone() for p in parameters])
-        super().step()
-        return loss
-
-
-class Batches(Callback):
-    """Keeps minibatches, and what was logged with each."""
-
-    def __init__(self) -> None:
-        self.batches: list[Experience] = []
-        self.logged: list[dict[str, float]] = []
-
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Experience, index: int) -> None:
-        self.batches.append(batch)
-
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        self.logged.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-
-
-def plain_logps(weights: list[Tensor], like: LitPolicy, batch: Experience) -> tuple[Tensor, list[Tensor]]:
-    """[B, T] log-probabilities of the completions in float64, and the weights as leaves, in the optimiser's order."""
-    plain = network().build().double()
-    [optimizer] = like.trainer.optimizers
-    names = {id(p): name for name, p in like.networks["policy"].named_parameters()}
-    ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    own = dict(plain.named_parameters())
-    with torch.no_grad():
-        for name, weight in zip(ordered, weights, strict=True):
-            own[name].copy_(weight)
-    rows = []
-    for tokens, mask, targets in zip(batch["tokens"], batch["mask"], batch["loss_mask"], strict=True):
-        ids = tokens[mask][None]
-        logits = plain(ids, mask=torch.ones_like(ids, dtype=torch.bool))  # the mask keeps it from causal kernels
-        logps = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-        whole = torch.nn.functional.pad(logps[0], (1, len(tokens) - ids.shape[1]))
-        rows.append(torch.where(targets, whole, 0))
-    return torch.stack(rows), [own[name] for name in ordered]
-
-
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
     """What the fast paths did: the share of tokens computed; a few logits at a time."""
@@ -136,7 +87,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
     return seen
 
 
-def run_of(folder: Path, precision: Any, seen: Batches, **options: Any) -> tuple[LitPolicy, Recording]:
+def run_of(folder: Path, precision: Any, seen: Recorder, **options: Any) -> tuple[LitPolicy, Recording]:
     """Two collections of eight completions, two minibatches each, twice."""
     path = folder / "prompts.jsonl"
     prompts = [letters(i, LONGEST - 20 * i) for i in range(2)]
@@ -147,7 +98,7 @@ def run_of(folder: Path, precision: Any, seen: Batches, **options: Any) -> tuple
         rewards=[PythonReward(low)],
         rollout=RolloutConfig(num_prompts=2, completions_per_prompt=4, minibatch_size=4, passes=2),
         sampling=Sampling(max_new_tokens=NEW),
-        optimizer=Recording,
+        optimizer=partial(Recording, lr=2e-3),
         **options,
     )
     run = Trainer(
@@ -176,7 +127,7 @@ def test_a_step_as_it_is_trained_is_trls(
 ) -> None:  # fmt: skip
     monkeypatch.setenv("LIT_PALM_CACHE", str(tmp_path / "cache"))
     low, high = (0.15, 0.2) if precision == "32-true" else (0.9, 9.0)
-    seen, objective = Batches(), GRPO(clip_low=low, clip_high=high, kl_coef=0.3, importance_cap=cap)
+    seen, objective = Recorder(), GRPO(clip_low=low, clip_high=high, kl_coef=0.3, importance_cap=cap)
     module, recorded = run_of(tmp_path, precision, seen, objective=objective, **options)
     batch, found = seen.batches[-1], seen.logged[-1]
     of_gradient, of_loss, of_token = BOUNDS[precision]
@@ -184,8 +135,8 @@ def test_a_step_as_it_is_trained_is_trls(
     assert fast["share"][-1] < 0.5, "one prompt for all completions"
 
     mask = batch["loss_mask"]
-    new, leaves = plain_logps(recorded.before[-1], module, batch)
-    old, reference = (plain_logps(recorded.before[i], module, batch)[0].detach() for i in (STEPS, 0))
+    new, leaves = plain_logps(network(), recorded.before[-1], module, batch)
+    old, reference = (plain_logps(network(), recorded.before[i], module, batch)[0].detach() for i in (STEPS, 0))
     if precision == "32-true":  # the old ones are then those that the engine recorded
         assert module.engine_agrees is (cap is None)
     for name, expected in (("old_logps", old), ("ref_logps", reference)):
