@@ -64,9 +64,11 @@ _READ_RUNS = ("data", "plan")
 
 def prepare_process() -> None:
     """Before torch is imported: how threads wait, and which advice is dropped because a user could not act on it."""
-    # A thread that spins while it waits takes the core from the one it waits for. On a machine that does anything else
-    # beside training, sleeping is several times faster; on an idle one it costs little.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # A thread that spins while it waits takes the core from the one it waits for, on a machine that does anything else
+    # beside training; one that sleeps at once is woken thousands of times a step, each time as slowly as an idle core
+    # wakes up. So it spins for some microseconds, then sleeps (libgomp's setting, with which torch comes on Linux).
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     for message in (
         ".*does not have many workers.*",  # rows are tokenised once; collating them is cheap
         ".*Checkpoint directory .* exists and is not empty.*",

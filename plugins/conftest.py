@@ -1,4 +1,4 @@
-"""For the tests of every package: threads that wait sleep, as under `lit-palm` (set before torch is imported)."""
+"""For the packages' tests: threads that wait sleep, since tests share the cores (set before torch is imported)."""
 
 import os
 

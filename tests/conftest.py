@@ -1,4 +1,4 @@
-"""For every test: threads that wait sleep, as they do under `lit-palm` (it must be set before torch is imported)."""
+"""For every test: threads that wait sleep, since tests share the cores (it must be set before torch is imported)."""
 
 import os
 
