@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lit_palm.models.causal import causal_attention, pays
 from lit_palm.models.hardware import multiplies
 from lit_palm.models.kernels import thin_linear
+from lit_palm.models.products import large_linear, quick
 
 __all__ = ["attention", "linear", "product_type", "widened", "widens"]
 
@@ -54,6 +56,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     kind, dtype = x.device.type, product_type(x)
     fits = torch.is_autocast_enabled(kind) or dtype == weight.dtype  # else torch says what is wrong
     if not (fits and widens(x, dtype) and widens(weight, dtype)) or x.numel() < FEWEST * x.shape[-1]:
+        if fits and dtype is torch.float32 and quick(x) and quick(weight):
+            return large_linear(x, weight)
         return thin_linear(x, weight)
     # cast out here, where autograd casts back
     rows = x.to(dtype).reshape(-1, x.shape[-1])
@@ -107,6 +111,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, **opt
     In float32 its backward pass keeps queries, keys, values and the result in float32 too.
     """
     dtype = product_type(q)
+    if bias is None and options.get("is_causal") and pays(q, k, dtype, options.get("dropout_p", 0.0)):
+        q, k, v = (t.to(dtype) for t in (q, k, v))
+        with torch.autocast(q.device.type, enabled=False):
+            return causal_attention(q, k, v)
     if not widens(q, dtype):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, **options)
     q, k, v = (t.to(dtype).float() for t in (q, k, v))

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lit_palm.models.half import widened
+from lit_palm.models.products import product, weight_gradient
 from lit_palm.types import sent
 
 __all__ = ["TokenLogProbs"]
@@ -112,7 +113,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         logps, entropies, norms, kept = [], [], [], None
         table = widened(weight)
         for h, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            logits = F.linear(h.to(table.dtype), table).to(h.dtype)
+            logits = product(h.to(table.dtype), table).to(h.dtype)
             if log_z:
                 norms.append(torch.logsumexp(logits.to(wide), -1))
             log_p = torch.log_softmax(logits, -1, dtype=wide)
@@ -150,7 +151,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             h = hidden[part].to(table.dtype)
             log_p = kept
             if log_p is None:
-                log_p = torch.log_softmax(F.linear(h, table).to(hidden.dtype), -1, dtype=on_p.dtype)
+                log_p = torch.log_softmax(product(h, table).to(hidden.dtype), -1, dtype=on_p.dtype)
             d_logits = log_p.exp()
             if d_entropy is None:
                 d_logits.mul_(on_p[part, None])
@@ -162,18 +163,11 @@ class _ChunkedLogProbs(torch.autograd.Function):
             del log_p
             d_logits.scatter_add_(1, targets[part, None], d_logp[part, None])
             d_logits = d_logits.to(table.dtype)
-            if grad_hidden is not None and table.dtype == hidden.dtype:
-                torch.mm(d_logits, table, out=grad_hidden[part])
-            elif grad_hidden is not None:
-                grad_hidden[part] = d_logits @ table
+            if grad_hidden is not None:
+                grad_hidden[part] = product(d_logits, table.t())
             if need_weight:
-                grad_weight = _add_product(grad_weight, d_logits.t(), h, on_p.dtype)
+                grad = weight_gradient(d_logits, h)
+                # a sum over chunks in bfloat16 would lose most of the later ones
+                grad_weight = grad.to(on_p.dtype) if grad_weight is None else grad_weight.add_(grad)
             del d_logits
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
-
-
-def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """total + a @ b, in place and in `dtype`, since a sum over chunks in bfloat16 would lose most of the later ones."""
-    if total is None:
-        return (a @ b).to(dtype)
-    return total.addmm_(a, b) if a.dtype == dtype else total.add_(a @ b)

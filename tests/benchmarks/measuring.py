@@ -24,7 +24,7 @@ PATIENCE = 1800.0
 """Seconds that one request may take before its process is given up."""
 
 # memory that is freed is given back at once, so that what a process takes is what it holds
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "1"}
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
 
 
 class Failed(Exception):
@@ -44,6 +44,8 @@ class Worker:
             **os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false", "LIT_PALM_CACHE": str(cache), "TMPDIR": str(cache),
             "PYTHONPATH": os.pathsep.join(paths),
+            # our training runs in a thread, and what a thread allocates is by default another kind of memory
+            "MALLOC_ARENA_MAX": "1",
             **(extra or {}),
         }  # fmt: skip
         self.log = tempfile.TemporaryFile(  # noqa: SIM115  # closed with the process

@@ -115,14 +115,22 @@ def test_matrices(rows: int) -> None:
     assert matrix_error(matrices.Matrix(weight), weight, rows) < 2e-5
     assert matrix_error(matrices.HalfMatrix(half), half, rows) < (0.3 if rows == 1 else 2e-5)
     assert matrix_error(matrices.CastMatrix(half), half, rows) < 0.3
-    if matrices.packs():
-        assert matrix_error(matrices.FloatMatrix(weight.split((10, 30), 1)), weight, rows) < 2e-5
+    parts = weight.split((10, 30), 1)
+    if matrices.packs(torch.float32):
+        assert matrix_error(matrices.FloatMatrix(parts), weight, rows) < 2e-5
+        assert matrix_error(matrices.PackedMatrix(parts), weight, rows) < 2e-5
+    if matrices.packs(torch.bfloat16):
+        packed = matrices.PackedMatrix(half.split((10, 30), 1), torch.bfloat16)
+        assert matrix_error(packed, half, rows) < 0.3
+        x, residual = torch.randn(rows, 40).bfloat16(), torch.randn(rows, 30).bfloat16()
+        expected = (residual.double() + x.double() @ half.double().T).float()  # rounded once, or twice on the way
+        torch.testing.assert_close(packed.add(x, residual).float(), expected, rtol=2**-7, atol=2**-5)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_a_single_row_is_multiplied_by_all_threads(threads: int) -> None:
     """In parts, of which there are enough for all: 1e-5 as above."""
-    if not matrices.packs():
+    if not matrices.packs(torch.float32):
         pytest.skip("this build of torch has no packed products")
     weight, usual = torch.randn(30, 40), torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -134,16 +142,19 @@ def test_a_single_row_is_multiplied_by_all_threads(threads: int) -> None:
     assert matrix.single is not None and len(matrix.single) == {1: 1, 2: 2, 3: 4}[threads]
 
 
-def test_eight_bits() -> None:
+@pytest.mark.parametrize("width", [40, 128])
+def test_eight_bits(width: int) -> None:
     pytest.importorskip("torchao")
     torch.manual_seed(0)
-    weight = torch.randn(30, 40)
+    weight = torch.randn(30, width)
     matrix = matrices.Int8Matrix(weight)
     step = weight.abs().amax(1) / 127  # symmetric, a scale for each output
-    found = matrix(torch.eye(40)).T  # more rows than are read in 8 bits: float32
+    found = matrix(torch.eye(width)).T  # more rows than are read in 8 bits: float32
     assert ((found - weight).abs() <= 0.51 * step[:, None]).all() and (found - weight).abs().max() > 0.3 * step.min()
-    assert matrix_error(matrix, found, 17) < 2e-5
-    assert matrix_error(matrix, found, 3) < 0.3  # bfloat16 activations, as in test_matrices
+    assert matrix_error(matrix, found, 17) < 5e-5
+    # bfloat16 activations, as in test_matrices; torch's kernel for them is for widths that 64 divides
+    assert (matrix_error(matrix, found, 3) < 2e-5) is (width == 40)
+    assert matrix_error(matrix, found, 3) < 0.4
     for rows in (3, 17):
         assert apart(build(), Decoding("int8"), rows, True) < 0.3
 
