@@ -62,8 +62,16 @@ _READ_RUNS = ("data", "plan")
 """Those that take the YAML files and flags of a run."""
 
 
+KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
+"""Shapes of products for which oneDNN, and torch beside it, keep the code that was made for each: half a megabyte, made
+again in a millisecond or two. Left alone they keep it for 1,024 shapes."""
+
+
 def prepare_process() -> None:
-    """Before torch is imported: how threads wait, and which advice is dropped because a user could not act on it."""
+    """Before torch is imported: how threads wait, what kernels keep, which advice is dropped since a user cannot act on
+    it."""
+    for name, value in KERNELS.items():
+        os.environ.setdefault(name, value)
     # A thread that spins while it waits takes the core from the one it waits for, on a machine that does anything else
     # beside training; one that sleeps at once is woken thousands of times a step, each time as slowly as an idle core
     # wakes up. So it spins for some microseconds, then sleeps (libgomp's setting, with which torch comes on Linux).

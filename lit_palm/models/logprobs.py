@@ -166,8 +166,13 @@ class _ChunkedLogProbs(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[part] = product(d_logits, table.t())
             if need_weight:
-                grad = weight_gradient(d_logits, h)
-                # a sum over chunks in bfloat16 would lose most of the later ones
-                grad_weight = grad.to(on_p.dtype) if grad_weight is None else grad_weight.add_(grad)
+                grad_weight = _add_gradient(grad_weight, d_logits, h, on_p.dtype)
             del d_logits
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+
+
+def _add_gradient(total: Tensor | None, grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + the weight's gradient, in place and in `dtype`: a sum over chunks in bfloat16 would lose most of them."""
+    if total is None:
+        return weight_gradient(grad, x).to(dtype)
+    return total.addmm_(grad.t(), x) if grad.dtype == dtype else total.add_(grad.t() @ x)

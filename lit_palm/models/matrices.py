@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lit_palm.models.hardware import multiplies
 from lit_palm.models.kernels import thin_linear
-from lit_palm.models.products import multiplies_quickly
+from lit_palm.models.products import multiplies_quickly, packed_product
 
 __all__ = ["Matrix", "Weights"]
 
@@ -101,23 +101,26 @@ class PackedMatrix(Matrix):
         self.packed: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self._in_blocks(), None, "none", [], "")
-        return result.to(x.dtype)
+        packed = self.packed if self.packed is not None else self._in_blocks()
+        if x.dtype is self.dtype:
+            return packed_product(x, packed)
+        return packed_product(x.to(self.dtype), packed).to(x.dtype)
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        if x.dtype != self.dtype:
+        if x.dtype is not self.dtype:
             return residual + self(x)
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, residual, self._in_blocks(), None, "add")
+        packed = self.packed if self.packed is not None else self._in_blocks()
+        # the overload by name: to find it takes as long as a small product
+        result: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed, None, "add")
         return result
 
     def num_bytes(self, rows: int) -> int:
         return sum(part.numel() for part in self.parts) * self.dtype.itemsize
 
     def _in_blocks(self) -> Tensor:
-        if self.packed is None:
-            # the layouts for 16 rows and more are the same, and good for fewer
-            whole = _beside(self.parts).to(self.dtype).contiguous()
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(whole, 16)
+        # the layouts for 16 rows and more are the same, and good for fewer
+        whole = _beside(self.parts).to(self.dtype).contiguous()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(whole, 16)
         return self.packed
 
 

@@ -17,10 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["large_linear", "product", "quick", "weight_gradient"]
+__all__ = ["large_linear", "packed_product", "product", "quick", "weight_gradient"]
 
 FEWEST_ROWS = 16
 """Rows from which a product makes up for bringing the weight into oneDNN's layout."""
+LARGEST = 2**23
+"""Numbers of a table of tokens up to which a copy in that layout may be made of it."""
+PIECE = 512
+"""Rows of a weight's gradient that are computed at a time."""
 
 
 def quick(x: Tensor) -> bool:
@@ -51,23 +55,32 @@ def multiplies_quickly() -> bool:
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     # of what has gaps oneDNN makes its slowest product
     x, weight = (t if t.is_contiguous() or t.t().is_contiguous() else t.contiguous() for t in (x, weight))
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return packed_product(x, weight)
+
+
+def packed_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [N, I] times weight [O, I] transposed, of which the weight may be in a layout of oneDNN's own."""
+    result: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
     return result
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x [N, I] times weight [O, I] transposed, [N, O]; for code that has gradients of its own."""
-    return _product(x, weight) if quick(x) and weight.dtype is torch.float32 else F.linear(x, weight)
+    fits = weight.dtype is torch.float32 and weight.numel() <= LARGEST
+    return _product(x, weight) if fits and quick(x) else F.linear(x, weight)
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """grad [N, O] transposed times x [N, I], [O, I]."""
     if not (quick(x) and grad.dtype is torch.float32):
         return grad.t() @ x
-    # with the fewer rows first it takes half the time
-    if grad.shape[1] > x.shape[1]:
-        return _product(x.t(), grad.t()).t()
-    return _product(grad.t(), x.t())
+    if grad.shape[1] <= 2 * PIECE:
+        return _product(grad.t(), x.t())
+    # many outputs at once take twice the time, and of each factor there is a copy meanwhile
+    out = x.new_empty(grad.shape[1], x.shape[1])
+    for to, piece in zip(out.split(PIECE), grad.split(PIECE, 1), strict=True):
+        to.copy_(_product(piece.t(), x.t()))
+    return out
 
 
 def large_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -90,5 +103,5 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()  # it may be one number for all
         grad_x = _product(grad, weight.t()) if ctx.needs_input_grad[0] else None
-        grad_weight = weight_gradient(grad, x).contiguous() if ctx.needs_input_grad[1] else None
+        grad_weight = weight_gradient(grad, x) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lit_palm.cli import KERNELS
 from tests.benchmarks.job import Job, Side
 
 __all__ = ["Crew", "Result", "measure"]
@@ -145,7 +146,8 @@ class Crew:
         """A new process."""
         if environment not in self.pythons:
             raise Missing(f"no environment for {environment}")
-        return Worker(self.pythons[environment], self.threads, self.cache, extra)
+        own = KERNELS if environment == "ours" else {}  # as by the command line
+        return Worker(self.pythons[environment], self.threads, self.cache, {**own, **(extra or {})})
 
     def done(self, job: Job) -> None:
         """Free what a job held; end processes of its own."""
