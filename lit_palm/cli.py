@@ -16,6 +16,7 @@ in the order given, and flags. A checkpoint never overrides any of them: it brin
 
 from __future__ import annotations
 
+import ctypes
 import difflib
 import importlib
 import logging
@@ -62,16 +63,38 @@ _READ_RUNS = ("data", "plan")
 """Those that take the YAML files and flags of a run."""
 
 
-KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
-"""Shapes of products for which oneDNN, and torch beside it, keep the code that was made for each: half a megabyte, made
-again in a millisecond or two. Left alone they keep it for 1,024 shapes."""
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Of glibc's malloc.h."""
+
+
+def keep_code() -> None:
+    """Let oneDNN, and torch beside it, keep the code that is made for a shape of a product for 64 shapes.
+
+    It is half a megabyte each and made again in a millisecond or two; left alone they keep that of 1,024.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "64")
+
+
+def keep_memory() -> None:
+    """Let glibc keep what a tensor frees for the next one, unless the environment tells it something (`MALLOC_*`).
+
+    It maps memory for everything above 32 MB and gives it back when it is freed. Activations of a long batch are larger,
+    and each is then paged in anew: an eighth of a step's time. What more than 2 GB lies free is still given back.
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:  # another C library has none
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def prepare_process() -> None:
-    """Before torch is imported: how threads wait, what kernels keep, which advice is dropped since a user cannot act on
-    it."""
-    for name, value in KERNELS.items():
-        os.environ.setdefault(name, value)
+    """Before torch is imported: how threads wait, what is kept in memory, which advice is dropped since a user cannot act
+    on it."""
+    keep_code()
+    keep_memory()
     # A thread that spins while it waits takes the core from the one it waits for, on a machine that does anything else
     # beside training; one that sleeps at once is woken thousands of times a step, each time as slowly as an idle core
     # wakes up. So it spins for some microseconds, then sleeps (libgomp's setting, with which torch comes on Linux).

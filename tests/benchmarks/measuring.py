@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lit_palm.cli import KERNELS
 from tests.benchmarks.job import Job, Side
 
 __all__ = ["Crew", "Result", "measure"]
@@ -25,7 +24,7 @@ PATIENCE = 1800.0
 """Seconds that one request may take before its process is given up."""
 
 # memory that is freed is given back at once, so that what a process takes is what it holds
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "1"}
 
 
 class Failed(Exception):
@@ -45,8 +44,6 @@ class Worker:
             **os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false", "LIT_PALM_CACHE": str(cache), "TMPDIR": str(cache),
             "PYTHONPATH": os.pathsep.join(paths),
-            # our training runs in a thread, and what a thread allocates is by default another kind of memory
-            "MALLOC_ARENA_MAX": "1",
             **(extra or {}),
         }  # fmt: skip
         self.log = tempfile.TemporaryFile(  # noqa: SIM115  # closed with the process
@@ -146,8 +143,7 @@ class Crew:
         """A new process."""
         if environment not in self.pythons:
             raise Missing(f"no environment for {environment}")
-        own = KERNELS if environment == "ours" else {}  # as by the command line
-        return Worker(self.pythons[environment], self.threads, self.cache, {**own, **(extra or {})})
+        return Worker(self.pythons[environment], self.threads, self.cache, {"SIDE": environment, **(extra or {})})
 
     def done(self, job: Job) -> None:
         """Free what a job held; end processes of its own."""

@@ -66,6 +66,10 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     warnings.filterwarnings("ignore")
+    if os.environ.get("SIDE") == "ours":  # as by the command line, save how threads wait, which is the same for both
+        from lit_palm.cli import keep_code, keep_memory
+
+        keep_code(), keep_memory()
     import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
