@@ -134,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; mistakes of the user and of the machine are one message on stderr and exit code 1."""
-    from lit_palm.cli import prepare_process
+    from lit_palm.process import prepare_process
 
     args = parser().parse_args(argv)
     prepare_process()

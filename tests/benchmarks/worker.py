@@ -67,7 +67,7 @@ def main() -> None:
     os.dup2(2, 1)
     warnings.filterwarnings("ignore")
     if os.environ.get("SIDE") == "ours":  # as by the command line, save how threads wait, which is the same for both
-        from lit_palm.cli import keep_code, keep_memory
+        from lit_palm.process import keep_code, keep_memory
 
         keep_code(), keep_memory()
     import torch

@@ -134,10 +134,11 @@ def status(field: str) -> int:
 def measure_here(name: str) -> Measured:
     import ctypes
 
-    from lit_palm.cli import build_cli, parse_fit, prepare_process
+    from lit_palm.cli import build_cli, parse_fit
     from lit_palm.plan.planning import passes_of
     from lit_palm.plan.reading import read_job
     from lit_palm.plan.sizes import Wishes
+    from lit_palm.process import prepare_process
 
     prepare_process()
     with tempfile.TemporaryDirectory() as folder:
