@@ -11,7 +11,7 @@ import warnings
 
 __all__ = ["keep_code", "keep_memory", "prepare_process"]
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 """Of glibc's malloc.h."""
 
 
@@ -36,6 +36,7 @@ def keep_memory() -> None:
     if mallopt is not None:  # another C library has none
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**30)
+        mallopt(M_TOP_PAD, 2**26)
 
 
 def prepare_process() -> None:
