@@ -229,7 +229,8 @@ def test_operators_of_some_steps_lie_within_these(tmp_path: Path) -> None:
         if e["ph"] == "X" and e["pid"] == OPERATORS
     ]  # fmt: skip
     assert 0 < len(operators) <= 3000
-    products = [e for e in operators if e["name"] == "aten::mm"]
+    # the second where a processor has AVX-512
+    products = [e for e in operators if e["name"] in ("aten::mm", "mkldnn::_linear_pointwise")]
     first, last = steps[1]["ts"], steps[1]["ts"] + steps[1]["dur"]
     # both clocks are read at different moments, and the wall clock may be set
     assert products and all(first - 2e3 < e["ts"] < last + 2e3 for e in products)
