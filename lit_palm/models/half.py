@@ -106,16 +106,19 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
-    """`F.scaled_dot_product_attention`, in float32 where that is quicker; options are its own.
+    """`F.scaled_dot_product_attention`, in float32 or in blocks where that is quicker; options are its own.
 
     In float32 its backward pass keeps queries, keys, values and the result in float32 too.
     """
     dtype = product_type(q)
-    if bias is None and options.get("is_causal") and pays(q, k, dtype, options.get("dropout_p", 0.0)):
-        q, k, v = (t.to(dtype) for t in (q, k, v))
+    wide = widens(q, dtype)
+    used = torch.float32 if wide else dtype
+    causal = bias is None and bool(options.get("is_causal"))
+    if causal and pays(q, k, used, options.get("dropout_p", 0.0)):
+        q, k, v = (t.to(dtype).to(used) for t in (q, k, v))
         with torch.autocast(q.device.type, enabled=False):
-            return causal_attention(q, k, v)
-    if not widens(q, dtype):
+            return causal_attention(q, k, v).to(dtype)
+    if not wide:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, **options)
     q, k, v = (t.to(dtype).float() for t in (q, k, v))
     with torch.autocast(q.device.type, enabled=False):

@@ -119,6 +119,19 @@ def test_causal_attention_and_its_gradients_are_those_of_float64(
         assert off < (1e-6 if dtype == torch.float32 else 5e-3), off
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_without_instructions_for_16_bits_all_of_it_is_float32(
+    monkeypatch: pytest.MonkeyPatch, chosen: list[str], dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(half, "multiplies", lambda where, kind: kind in (torch.float32, torch.float64))
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, SHORTEST, 16).to(dtype) for heads in (4, 1, 1))
+    got = attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert chosen.count("attention") == 1 and "product" in chosen and got.dtype == dtype
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(got.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5)  # rounded once
+
+
 @pytest.mark.parametrize("change", ["bias", "dropout", "short", "cached", "float64"])
 def test_other_attention_is_left_to_torch(chosen: list[str], change: str) -> None:
     length = SHORTEST - 1 if change == "short" else SHORTEST
