@@ -27,8 +27,8 @@ def keep_code() -> None:
 def keep_memory() -> None:
     """Let glibc keep what a tensor frees for the next one, unless the environment tells it something (`MALLOC_*`).
 
-    It maps memory for everything above 32 MB and gives it back when that is freed. Activations of a long batch are so,
-    and each is then paged in anew: an eighth of a step's time. What more than 1 GB lies free is still given back.
+    It maps memory for everything above 32 MB and gives it back when that is freed. The activations of a large batch are
+    larger, and each is then paged in anew: an eighth of a step of DPO. What lies free above 1 GB is still given back.
     """
     if any(name.startswith("MALLOC_") for name in os.environ):
         return

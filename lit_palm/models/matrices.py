@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cache
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import numpy
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lit_palm.models.hardware import multiplies
 from lit_palm.models.kernels import thin_linear
-from lit_palm.models.products import multiplies_quickly, packed_product
+from lit_palm.models.products import multiplies_quickly, pack, packed_product, packs
 
 __all__ = ["Matrix", "Weights"]
 
@@ -98,30 +98,22 @@ class PackedMatrix(Matrix):
 
     def __init__(self, parts: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> None:
         self.parts, self.dtype = [part.detach() for part in parts], dtype
-        self.packed: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        packed = self.packed if self.packed is not None else self._in_blocks()
         if x.dtype is self.dtype:
-            return packed_product(x, packed)
-        return packed_product(x.to(self.dtype), packed).to(x.dtype)
+            return packed_product(x, self.packed)
+        return packed_product(x.to(self.dtype), self.packed).to(x.dtype)
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        if x.dtype is not self.dtype:
-            return residual + self(x)
-        packed = self.packed if self.packed is not None else self._in_blocks()
-        # the overload by name: to find it takes as long as a small product
-        result: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed, None, "add")
-        return result
+        return packed_product(x, self.packed, residual) if x.dtype is self.dtype else residual + self(x)
 
     def num_bytes(self, rows: int) -> int:
         return sum(part.numel() for part in self.parts) * self.dtype.itemsize
 
-    def _in_blocks(self) -> Tensor:
-        # the layouts for 16 rows and more are the same, and good for fewer
-        whole = _beside(self.parts).to(self.dtype).contiguous()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(whole, 16)
-        return self.packed
+    @cached_property
+    def packed(self) -> Tensor:
+        """The copy."""
+        return pack(_beside(self.parts).to(self.dtype))
 
 
 class FloatMatrix(PackedMatrix):
@@ -221,7 +213,7 @@ class Int8Matrix(NarrowMatrix):
         quantize_(layer, Int8WeightOnlyConfig(version=2))
         super().__init__(layer.weight)
         made: Any = layer.weight
-        # torch's kernel reads inputs by 64 and, with AVX-512, beyond their end
+        # with AVX-512 torch's kernel gives garbage, or ends the process, at some widths that 64 does not divide
         self.few = 16 if weight.shape[1] % 64 == 0 else 0
         self.numbers, self.scales = made.qdata, made.scale.flatten().bfloat16()
 
@@ -238,16 +230,3 @@ class Int8Matrix(NarrowMatrix):
     def as_float(self) -> Tensor:
         made: Any = self.weight
         return made.dequantize().float()  # type: ignore[no-any-return]
-
-
-@cache
-def packs(dtype: torch.dtype) -> bool:
-    """Whether this build of torch has oneDNN's packed product of a type, and it multiplies as it should."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    try:
-        x, weight = torch.arange(16, dtype=dtype).view(2, 8), torch.arange(32, dtype=dtype).view(4, 8)
-        mine, expected = PackedMatrix([weight], dtype), x @ weight.t()
-        return torch.equal(mine(x), expected) and torch.equal(mine.add(x, expected), 2 * expected)
-    except (AttributeError, RuntimeError):
-        return False

@@ -17,12 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["large_linear", "packed_product", "product", "quick", "weight_gradient"]
+__all__ = [
+    "large_linear",
+    "multiplies_quickly",
+    "pack",
+    "packed_product",
+    "packs",
+    "product",
+    "quick",
+    "weight_gradient",
+]
 
 FEWEST_ROWS = 16
-"""Rows from which a product makes up for bringing the weight into oneDNN's layout."""
-LARGEST = 2**23
-"""Numbers of a table of tokens up to which a copy in that layout may be made of it."""
+"""Rows from which it was quicker in what was measured, 16 to 2,048."""
 PIECE = 512
 """Rows of a weight's gradient that are computed at a time."""
 
@@ -41,15 +48,42 @@ def quick(x: Tensor) -> bool:
 
 @cache
 def multiplies_quickly() -> bool:
-    """Whether oneDNN has AVX-512 to multiply with, in this build of torch, and multiplies as it should."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
+    """Whether oneDNN has AVX-512 to multiply float32 numbers with, in this build of torch."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and packs(torch.float32)
+
+
+@cache
+def packs(dtype: torch.dtype) -> bool:
+    """Whether this build of torch has oneDNN's product of a type, also of packed weights, and it is right."""
+    if not torch.backends.mkldnn.is_available():
         return False
-    try:
-        x, weight = torch.arange(16.0).view(2, 8), torch.arange(32.0).view(4, 8)
-        with torch.autocast(x.device.type, enabled=False):
-            return torch.equal(_product(x, weight), x @ weight.t())
+    try:  # numbers so small that no sum of theirs is rounded
+        x, weight = (torch.arange(n).remainder(3).to(dtype).view(-1, 8) for n in (16, 32))
+        packed = pack(weight)
+        with torch.autocast(x.device.type, enabled=False):  # under which torch's would have another type
+            expected = x @ weight.t()
+        products = _product(x, weight), packed_product(x, packed), packed_product(x, packed, expected) / 2
     except (AttributeError, RuntimeError):
         return False
+    return all(torch.equal(result, expected) for result in products)
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A weight [O, I] in oneDNN's own layout."""
+    # those for 16 rows and more are the same, and good for fewer
+    result: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)
+    return result
+
+
+def packed_product(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+    """x [N, I] times weight [O, I] transposed, of which the weight may be packed, and a residual [N, O] added to it."""
+    # overloads by name: to find one takes as long as a small product
+    result: Tensor
+    if residual is None:
+        result = torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
+    else:
+        result = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, None, "add")
+    return result
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
@@ -58,16 +92,9 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     return packed_product(x, weight)
 
 
-def packed_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [N, I] times weight [O, I] transposed, of which the weight may be in a layout of oneDNN's own."""
-    result: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
-    return result
-
-
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x [N, I] times weight [O, I] transposed, [N, O]; for code that has gradients of its own."""
-    fits = weight.dtype is torch.float32 and weight.numel() <= LARGEST
-    return _product(x, weight) if fits and quick(x) else F.linear(x, weight)
+    return _product(x, weight) if quick(x) and weight.dtype is torch.float32 else F.linear(x, weight)
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
@@ -76,7 +103,7 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
         return grad.t() @ x
     if grad.shape[1] <= 2 * PIECE:
         return _product(grad.t(), x.t())
-    # many outputs at once take twice the time, and of each factor there is a copy meanwhile
+    # many outputs at once take up to twice the time, and all of `grad` is copied meanwhile
     out = x.new_empty(grad.shape[1], x.shape[1])
     for to, piece in zip(out.split(PIECE), grad.split(PIECE, 1), strict=True):
         to.copy_(_product(piece.t(), x.t()))
@@ -84,7 +111,7 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def large_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`F.linear` of x [..., I] and weight [O, I], both of which `quick` and float32 fit."""
+    """`F.linear` of x [..., I] and weight [O, I], of both of which `quick` is true."""
     result: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight)
     return result.view(*x.shape[:-1], -1)
 

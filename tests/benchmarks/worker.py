@@ -69,7 +69,8 @@ def main() -> None:
     if os.environ.get("SIDE") == "ours":  # as by the command line, save how threads wait, which is the same for both
         from lit_palm.process import keep_code, keep_memory
 
-        keep_code(), keep_memory()
+        keep_code()
+        keep_memory()
     import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

@@ -19,6 +19,7 @@ from lit_palm.models import PaLM, PaLMConfig, matrices
 from lit_palm.models import decoding as module
 from lit_palm.models.decoding import Decoding, decoding_form
 from lit_palm.models.kernels import last_logits
+from lit_palm.models.products import packs
 from lit_palm.rollout.continuous_engine import ContinuousEngine
 from lit_palm.rollout.engine import CachedEngine
 from lit_palm.rollout.sampling import Sampling, row_seeds
@@ -116,10 +117,10 @@ def test_matrices(rows: int) -> None:
     assert matrix_error(matrices.HalfMatrix(half), half, rows) < (0.3 if rows == 1 else 2e-5)
     assert matrix_error(matrices.CastMatrix(half), half, rows) < 0.3
     parts = weight.split((10, 30), 1)
-    if matrices.packs(torch.float32):
+    if packs(torch.float32):
         assert matrix_error(matrices.FloatMatrix(parts), weight, rows) < 2e-5
         assert matrix_error(matrices.PackedMatrix(parts), weight, rows) < 2e-5
-    if matrices.packs(torch.bfloat16):
+    if packs(torch.bfloat16):
         packed = matrices.PackedMatrix(half.split((10, 30), 1), torch.bfloat16)
         assert matrix_error(packed, half, rows) < 0.3
         x, residual = torch.randn(rows, 40).bfloat16(), torch.randn(rows, 30).bfloat16()
@@ -130,7 +131,7 @@ def test_matrices(rows: int) -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_a_single_row_is_multiplied_by_all_threads(threads: int) -> None:
     """In parts, of which there are enough for all: 1e-5 as above."""
-    if not matrices.packs(torch.float32):
+    if not packs(torch.float32):
         pytest.skip("this build of torch has no packed products")
     weight, usual = torch.randn(30, 40), torch.get_num_threads()
     torch.set_num_threads(threads)

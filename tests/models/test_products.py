@@ -6,7 +6,6 @@ torch has no such product, so is the product itself.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 
 import pytest
@@ -17,7 +16,7 @@ from torch import Tensor
 from lit_palm.models import PaLMConfig, TokenLogProbs, causal, half, products
 from lit_palm.models.causal import SHORTEST
 from lit_palm.models.half import attention, linear
-from lit_palm.models.products import FEWEST_ROWS, product, quick, weight_gradient
+from lit_palm.models.products import FEWEST_ROWS, PIECE, multiplies_quickly, packs, product, quick, weight_gradient
 
 # float32 keeps 24 bits; sums of n numbers are off by some sqrt(n) units in the last place of the largest of them
 EXACT = {"rtol": 1e-5, "atol": 1e-4}
@@ -67,17 +66,24 @@ def test_products_and_their_gradients_are_those_of_float64(
 
 def test_factors_may_lie_in_memory_as_they_like() -> None:
     torch.manual_seed(0)
-    x, weight, grad = torch.randn(64, 30)[:, ::2], torch.randn(15, 40).t(), torch.randn(64, 1).expand(64, 40)
-    torch.testing.assert_close(product(x, weight), x @ weight.t(), **EXACT)
-    torch.testing.assert_close(product(x, torch.randn(80, 15)[::2] * 0 + weight), x @ weight.t(), **EXACT)
-    torch.testing.assert_close(weight_gradient(grad.contiguous(), x), grad.t() @ x, **EXACT)
-    for needs in (x.clone(), weight.clone()):  # one number for all results, and one gradient alone
-        needs.requires_grad_()
-        factors = (needs, weight) if needs.shape == x.shape else (x, needs)
-        linear(*factors).sum().backward()
-        assert needs.grad is not None
-        F.linear(*factors).sum().backward(inputs=[needs])
-        torch.testing.assert_close(needs.grad / 2, torch.autograd.grad(F.linear(*factors).sum(), needs)[0], **EXACT)
+    gaps, flat, lying = torch.randn(64, 30)[:, ::2], torch.randn(40, 15), torch.randn(15, 40).t()
+    for weight in (flat, lying, torch.randn(80, 15)[::2], torch.randn(40, 30)[:, ::2]):
+        torch.testing.assert_close(product(gaps, weight), gaps @ weight.t(), **EXACT)
+    wide = torch.randn(64, 2 * PIECE + 3)  # in pieces
+    for grad in (torch.randn(64, 40), torch.randn(64, 80)[:, ::2], wide):
+        torch.testing.assert_close(weight_gradient(grad, gaps), grad.t() @ gaps, **EXACT)
+
+
+def test_what_needs_no_gradient_gets_none_and_one_number_may_be_that_of_all() -> None:
+    torch.manual_seed(0)
+    factors = torch.randn(64, 15), torch.randn(40, 15)
+    for which in (0, 1):
+        mine, exact = [t.clone() for t in factors], [t.double() for t in factors]
+        mine[which].requires_grad_(), exact[which].requires_grad_()
+        linear(*mine).sum().backward()
+        F.linear(*exact).sum().backward()
+        torch.testing.assert_close(mine[which].grad, exact[which].grad.float(), **EXACT)  # type: ignore[union-attr]
+        assert mine[1 - which].grad is None
 
 
 def test_other_types_and_kinds_are_left_to_torch(chosen: list[str]) -> None:
@@ -167,11 +173,14 @@ def test_a_whole_network_gives_the_same(
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_autocast_decides_the_type_and_not_the_choice(chosen: list[str]) -> None:
-    """What multiplies is found out once, maybe under autocast, where products of float32 have another type."""
-    able = importlib.reload(products).multiplies_quickly()
+def test_autocast_does_not_decide_what_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found out once, maybe under autocast, where torch's products of float32 have another type."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    for found in (multiplies_quickly, packs):
+        monkeypatch.setattr(products, found.__name__, found.__wrapped__)  # finds out again
+    able = products.multiplies_quickly()
+    assert able is torch.backends.mkldnn.is_available()
     with torch.autocast("cpu", torch.bfloat16):
-        assert importlib.reload(products).multiplies_quickly() is able
-        q = torch.randn(1, 2, SHORTEST, 8)
-        assert attention(q, q, q, is_causal=True).dtype == torch.bfloat16
-    assert "attention" in chosen
+        assert products.multiplies_quickly() is able
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert not products.multiplies_quickly()

@@ -26,8 +26,10 @@ MANY = ["--device=a100-80gb", "--devices=64"]
 
 
 @pytest.fixture(autouse=True)
-def at_the_root(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(ROOT)
+def beside_the_configs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Where nothing has been trained, whatever lies in the checkout's runs/."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(docstring_parser, "parse_from_object", docstrings)
     argv = list(sys.argv)
     yield
