@@ -25,6 +25,8 @@ LONGER = {"lit_palm/models/palm.py": 440, "lit_palm/modules/host.py": 400, "lit_
 # Arrows point from a lower number to a higher one: a room imports rooms of its own or a lower number.
 LEVELS = {
     "types": 0,
+    "folders": 0,
+    "native": 0,
     "process": 0,
     "timing": 0,
     "version": 0,

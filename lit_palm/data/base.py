@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lit_palm.data.cache import Columns, ColumnWriter, cache_folder, cached
+from lit_palm.data.cache import Columns, ColumnWriter, cached
 from lit_palm.data.faults import counted, leaver
 from lit_palm.data.limits import LimitedData
 from lit_palm.data.position import position
@@ -33,6 +33,7 @@ from lit_palm.data.readers.base import Reader, View, check_view
 from lit_palm.data.sampler import CountedLoader
 from lit_palm.data.sources import Row, has_splits, read_rows, source_fingerprint
 from lit_palm.data.tokenizers import BPETokenizer, Tokenizer, choose_tokenizer, tokenizer_from_dict
+from lit_palm.folders import cache_folder
 
 __all__ = ["Stage", "TokenizedData"]
 

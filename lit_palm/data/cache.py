@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +22,7 @@ import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from numpy.typing import DTypeLike, NDArray
 
-__all__ = ["ColumnWriter", "Columns", "Records", "cache_folder", "cached"]
+__all__ = ["ColumnWriter", "Columns", "Records", "cached"]
 
 FORMAT = 1  # raise it when what is written changes its meaning
 _PENDING = 2**20  # values of a column that wait in memory to be written together
@@ -128,11 +127,6 @@ class Records(Sequence[dict[str, Any]]):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         return json.loads(self._bytes[self._offsets[index] : self._offsets[index + 1]].tobytes())
-
-
-def cache_folder(cache_dir: str | None) -> Path:
-    """Where entries are kept: the argument, $LIT_PALM_CACHE, or ~/.cache/lit_palm."""
-    return Path(cache_dir or os.environ.get("LIT_PALM_CACHE") or "~/.cache/lit_palm").expanduser()
 
 
 def cached(folder: Path, key: dict[str, Any], build: Callable[[ColumnWriter], None], what: str) -> Columns:

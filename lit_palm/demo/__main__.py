@@ -14,8 +14,9 @@ JUDGE = RUNS / "demo" / "judge.safetensors"
 
 def run_data(args: argparse.Namespace) -> None:
     """Fetch the ratings and write the files of every stage."""
-    from lit_palm.demo.ratings import SHA256, Snippet, cache_folder, fetch, read_snippets
+    from lit_palm.demo.ratings import SHA256, Snippet, fetch, read_snippets
     from lit_palm.demo.splits import SplitArguments, write_data
+    from lit_palm.folders import cache_folder
 
     def read() -> list[Snippet]:
         cache = args.cache or cache_folder() / "demo"

@@ -27,8 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lit_palm.demo.files import sha256_file
+from lit_palm.folders import cache_folder
 
-__all__ = ["ARCHIVE", "SHA256", "SOURCES", "Snippet", "cache_folder", "fetch", "read_snippets"]
+__all__ = ["ARCHIVE", "SHA256", "SOURCES", "Snippet", "fetch", "read_snippets"]
 
 REQUIREMENT = "vaderSentiment==3.3.2"
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
@@ -58,11 +59,6 @@ class Snippet:
     """Mean of the raw ratings, -4 to 4."""
     num_raters: int
     """How many people rated it."""
-
-
-def cache_folder() -> Path:
-    """$LIT_PALM_CACHE, or ~/.cache/lit_palm."""
-    return Path(os.environ.get("LIT_PALM_CACHE") or Path.home() / ".cache" / "lit_palm").expanduser()
 
 
 def fetch(cache: str | os.PathLike[str] | None = None, *, sha256: str = SHA256) -> Path:

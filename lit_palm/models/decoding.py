@@ -27,6 +27,7 @@ from lit_palm.models.adapted import View
 from lit_palm.models.base import Cache, Head, Network
 from lit_palm.models.cache import PaLMCache
 from lit_palm.models.compiled import check_compiler
+from lit_palm.models.decoding_native import NativeStep
 from lit_palm.models.hardware import multiplies
 from lit_palm.models.kernels import last_logits
 from lit_palm.models.layers import Linear, QKNorm, rotate
@@ -162,6 +163,9 @@ class _PaLMDecoder:
             _compiled()
             for matrix in (m for layer in self.layers for m in (layer.entry, *layer.exit)):
                 matrix.settle()
+        plain = block.q_norm is None and not block.xpos and own.is_cpu and not self.compile
+        heads = block.num_heads, block.num_kv_heads, block.head_dim, block.sizes[-1]
+        self.native = NativeStep.of(self.dtype, *heads) if plain else None
         self.norm = own.to(self.dtype)
         self.counted: dict[int, int] = {}
         (self.output,) = Matrix.of([trunk.embedding.weight], None if weights == "int8" else weights, pack)
@@ -204,8 +208,12 @@ class _PaLMDecoder:
         rope = [table.view(-1, 1, self.shape.head_dim) for table in trunk.rope(tokens, None, positions, cache)]
         bias = cache.bias_of(cache.length + 1)
         x = F.embedding(tokens[:, 0], trunk.embedding.weight).to(self.dtype)
-        bias = None if bias is None else bias[:, None, None]
-        x = run(self.shape, self.layers, x, rope, bias, cache.layers, cache.start, cache.start + cache.length)
+        start, place = cache.start, cache.start + cache.length
+        if self.native is not None:
+            x = _run_native(self.native, self.layers, x, rope, bias, cache.layers, start, place)
+        else:
+            bias = None if bias is None else bias[:, None, None]
+            x = run(self.shape, self.layers, x, rope, bias, cache.layers, start, place)
         cache.length += 1
         return F.layer_norm(x, x.shape[1:], self.norm, None, trunk.norm.eps)
 
@@ -237,12 +245,31 @@ def _run(
         fused = layer.entry(F.layer_norm(x, x.shape[1:], layer.norm, None, layer.eps))
         q, k, v, gate, up = _split(shape, layer, fused, rope)
         keys, values = keys[: len(x)], values[: len(x)]
-        keys[:, :, place], values[:, :, place] = k, v
+        # a slot as a slice: `torch.compile` would compile every single one anew
+        keys[:, :, place : place + 1], values[:, :, place : place + 1] = k[:, :, None], v[:, :, None]
         # one query a row sees every slot: queries that share a key/value head become the rows of one product
         q = q.reshape(len(q), keys.shape[1], -1, shape.head_dim)
         seen = keys[:, :, start : place + 1], values[:, :, start : place + 1]
         attended = F.scaled_dot_product_attention(q, *seen, attn_mask=bias).reshape(len(x), -1)
         x = _leave(layer, attended, gate, up, x)
+    return x
+
+
+def _run_native(
+    native: NativeStep,
+    layers: list[_Layer],
+    x: Tensor,
+    rope: list[Tensor],
+    bias: Tensor | None,
+    slots: list[tuple[Tensor, Tensor]],
+    start: int,
+    place: int,
+) -> Tensor:
+    """`_run` in fewer operations; bias is [B, S]."""
+    between = native.begin(x, rope, bias, start, place)
+    for layer, (keys, values) in zip(layers, slots, strict=True):
+        inner = between(layer.entry(F.layer_norm(x, x.shape[1:], layer.norm, None, layer.eps)), keys, values)
+        x = _add(layer, inner, x)
     return x
 
 
@@ -283,3 +310,11 @@ def _leave(layer: _Layer, attended: Tensor, gate: Tensor, up: Tensor, x: Tensor)
     if len(layer.exit) == 2:
         return layer.exit[1].add(F.silu(gate).mul_(up), layer.exit[0].add(attended, x))
     return layer.exit[0].add(torch.cat((attended, F.silu(gate).mul_(up)), 1), x)
+
+
+def _add(layer: _Layer, inner: Tensor, x: Tensor) -> Tensor:
+    """The same of both halves side by side."""
+    if len(layer.exit) == 2:
+        attended, hidden = inner.split([matrix.weight.shape[1] for matrix in layer.exit], 1)
+        return layer.exit[1].add(hidden, layer.exit[0].add(attended, x))
+    return layer.exit[0].add(inner, x)

@@ -12,6 +12,7 @@ import pytest
 
 from lit_palm.demo import ratings
 from lit_palm.demo.__main__ import main
+from lit_palm.folders import cache_folder
 
 
 @pytest.fixture
@@ -131,13 +132,13 @@ def test_a_wrong_file_in_the_cache_is_named(tmp_path: Path) -> None:
 
 def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LIT_PALM_CACHE", str(tmp_path))
-    assert ratings.cache_folder() == tmp_path
+    assert cache_folder() == tmp_path
     monkeypatch.delenv("LIT_PALM_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert ratings.cache_folder() == tmp_path / ".cache" / "lit_palm"
+    assert cache_folder() == tmp_path / ".cache" / "lit_palm"
 
 
-@pytest.mark.skipif(not (ratings.cache_folder() / "demo" / ratings.ARCHIVE).exists(), reason="ratings not fetched yet")
+@pytest.mark.skipif(not (cache_folder() / "demo" / ratings.ARCHIVE).exists(), reason="ratings not fetched yet")
 def test_the_published_ratings() -> None:
     """The figures that the data set's description gives."""
     snippets = ratings.read_snippets(ratings.fetch())

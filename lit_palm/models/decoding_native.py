@@ -1,0 +1,105 @@
+"""`decoding.cpp` for a block's step: all that lies between its two matrix products, in one pass.
+
+step = NativeStep.of(sizes...)                 # None where it cannot be had
+row = step.begin(x_BD, rope, bias_BS, start, place)
+out_BI = row(fused_BO, keys, values)           # attended heads and SwiGLU, side by side
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_palm.native import compiled
+
+__all__ = ["NativeStep"]
+
+SOURCE = "models/decoding.cpp"
+WIDTHS = (32, 64, 128, 256)
+"""Of heads that it is written for."""
+
+
+class _Step(ctypes.Structure):
+    """`Step` of decoding.cpp."""
+
+    _fields_ = [
+        ("fused", ctypes.c_void_p),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("rope_stride", ctypes.c_int64),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("row_stride", ctypes.c_int64),
+        ("head_stride", ctypes.c_int64),
+        ("bias", ctypes.c_void_p),
+        ("bias_stride", ctypes.c_int64),
+        ("out", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("inner", ctypes.c_int64),
+        ("start", ctypes.c_int64),
+        ("place", ctypes.c_int64),
+    ]
+
+
+class NativeStep:
+    """The step of blocks of one shape.
+
+    Args:
+        function: of decoding.cpp.
+        heads: query heads.
+        kv_heads: key/value heads.
+        head_dim: width of a head.
+        inner: width of the feed-forward.
+    """
+
+    def __init__(self, function: Any, heads: int, kv_heads: int, head_dim: int, inner: int) -> None:
+        self.function, self.head_dim, self.width = function, head_dim, heads * head_dim + inner
+        self.step = {"heads": heads, "kv_heads": kv_heads, "inner": inner}
+
+    @staticmethod
+    def of(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, inner: int) -> NativeStep | None:
+        """The step for activations of a type on the host; None where it is not written for it or does not compile."""
+        names = {torch.float32: "step_float32", torch.bfloat16: "step_bfloat16"}
+        if dtype not in names or head_dim not in WIDTHS or inner % 32:
+            return None
+        library = compiled(SOURCE)
+        if library is None:
+            return None
+        return NativeStep(getattr(library, names[dtype]), heads, kv_heads, head_dim, inner)
+
+    def begin(self, x: Tensor, rope: list[Tensor], bias: Tensor | None, start: int, place: int) -> Any:
+        """A function of all blocks of one step, from fused [B, O], keys and values to [B, H * Dh + F].
+
+        Keys and values, both [B or more, K, slots, Dh], take those of this token. What is given back is written anew
+        by the next call.
+
+        Args:
+            x: [B, D], for type and rows.
+            rope: cosines and signed sines, float32 [B or 1, 1, Dh].
+            bias: [B, S] added to the scores of the slots from `start` on.
+            start: the first slot in use.
+            place: the slot of this token, the last one in use.
+        """
+        out = x.new_empty(len(x), self.width)
+        cos, sin = (table.contiguous() for table in rope)
+        bias = None if bias is None else bias.to(x.dtype)
+        step = _Step(
+            cos=cos.data_ptr(), sin=sin.data_ptr(), rope_stride=self.head_dim if len(cos) > 1 else 0,
+            bias=None if bias is None else bias.data_ptr(), bias_stride=0 if bias is None else bias.stride(0),
+            out=out.data_ptr(), rows=len(x), start=start, place=place, **self.step,
+        )  # fmt: skip
+        function, given, head_dim = self.function, ctypes.byref(step), self.head_dim
+
+        def run(fused: Tensor, keys: Tensor, values: Tensor, kept: Any = (cos, sin, bias)) -> Tensor:
+            fused = fused.contiguous()
+            step.fused, step.keys, step.values = fused.data_ptr(), keys.data_ptr(), values.data_ptr()
+            step.row_stride, step.head_stride, _, _ = keys.stride()
+            function(given, head_dim)
+            return out
+
+        return run
