@@ -216,7 +216,7 @@ class Rollouts:
     def _fields(self, rows: Experience) -> dict[str, Tensor]:
         module, needs = self.module, self.module.objective.needs
         fields = {}
-        if not self.checked or ("old_logps" in needs and not self.trusts_engine):
+        if not self.checked or ("old_logps" in needs and not self.trusts_engine and not self.one_step):
             with span("old_logps"):
                 fields["old_logps"] = module.policy_logps(rows)
         if "reference" in needs:
@@ -226,6 +226,18 @@ class Rollouts:
             with span("value"):
                 fields["values"] = module.state_values(rows)
         return fields
+
+    @property
+    def one_step(self) -> bool:
+        """Whether a collection is learned from in one step, whose own log-probabilities are those of who sampled."""
+        module, config = self.module, self.module.rollout
+        return (
+            config.old_logps == "auto"
+            and module.objective.old_logps_dispensable
+            and not module.samples_elsewhere
+            and not getattr(module.network_config, "dropout", 0.0)  # with it a pass without gradients says otherwise
+            and len(self.loader) <= module.trainer.accumulate_grad_batches
+        )
 
     @property
     def trusts_engine(self) -> bool:
@@ -262,7 +274,7 @@ class Rollouts:
             self.metrics |= importance_metrics(experience["old_logps"], engine, experience["loss_mask"], cap)
         if self.trusts_engine:
             experience["old_logps"] = engine
-        if "old_logps" not in needs:
+        if "old_logps" not in needs or self.one_step:
             experience.pop("old_logps", None)
         if "rollout_logps" in needs:
             experience["rollout_logps"] = engine

@@ -135,6 +135,8 @@ def choose_logps(module: LitPolicy, experience: Experience) -> float:
     if module.rollout.old_logps == "auto":
         assert module.rollouts is not None
         taken = "the engine's own" if module.rollouts.trusts_engine else "those of a forward pass of training"
+        if module.rollouts.one_step:
+            taken = "those of the one step that a collection is learned from in"
         why = "within" if apart <= ENGINE_TOLERANCE else "beyond"
         rank_zero_info(
             f"rollout.old_logps is auto: log-probabilities of the engine and of training differ by up to {apart:.1e} "

@@ -50,6 +50,13 @@ class Objective(ABC):
         value network), `reward` (scores), `entropy` and `log_z` (in the output)."""
         return frozenset()
 
+    @property
+    def old_logps_dispensable(self) -> bool:
+        """True when `prepare` does without `old_logps`, and `loss` takes the output's own log-probabilities, detached,
+        where a batch has none: what the policy that sampled would say, as long as no step has been taken since. A
+        collection that is learned from in one step is then spared the pass for them."""
+        return False
+
     importance_cap: float | None = None
     """Where it cuts the ratios that it weighs tokens by, where completions come from elsewhere; None: it does not."""
 

@@ -45,7 +45,8 @@ class RolloutConfig:
     old_logps: OldLogps = "auto"
     """Log-probabilities of the policy that sampled: a forward pass (`trainer`), as the engine reported them (`engine`),
     or the engine's when they agreed with the forward pass to 1e-5 in the first collection (`auto`; never those of an
-    engine elsewhere, nor of asynchronous rollouts)."""
+    engine elsewhere, nor of asynchronous rollouts). With one step a collection they are that step's own, where the
+    objective can do with that (`auto`)."""
     seed: int = 0
     """Seed of prompts' order, samples and minibatches."""
     asynchronous: bool = False

@@ -292,6 +292,28 @@ class LossChecks(Subject):
             "Compute with log-probabilities"
         )
 
+    def test_old_logps_are_dispensable_as_promised(self, objective: Factory) -> None:
+        """Without `old_logps` the loss and its gradients are those with the output's own, where the objective says so.
+
+        When it fails, `old_logps_dispensable` promises too much: runs with one step a collection learn something else.
+        """
+        made = self.make(objective)
+        if not made.old_logps_dispensable:
+            pytest.skip(f"{type(made).__name__} does not say that it can do without old_logps")
+        given, without = self.collection(made), self.collection(made)
+        del without["old_logps"]
+        given, without = made.prepare(given), self.make(objective).prepare(without)
+        output = tiny_output(made, given)
+        output.logps = given["old_logps"].clone().requires_grad_()
+        found = [evaluate(made, experience, output) for experience in (given, without)]
+        way_out = "take output.logps.detach() for them, or do not say that they are dispensable"
+        for name, total in found[0].totals.items():
+            assert torch.allclose(found[1].totals[name], total), f"without old_logps the loss {name} differs: {way_out}"
+        for key, slope in found[0].gradients.items():
+            assert torch.allclose(found[1].gradients[key], slope), (
+                f"without old_logps {key}'s gradient differs: {way_out}"
+            )
+
     def test_first_ratio_is_one(self, objective: Factory) -> None:
         """While the policy still is the one that sampled, its ratio is exactly 1 and nothing is clipped.
 

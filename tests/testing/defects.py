@@ -244,6 +244,17 @@ class WhitenedUnmasked(Surrogate):
         return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
 
+@caught_by("old_logps_are_dispensable_as_promised")
+class PromisesTooMuch(Surrogate):
+    """Without the old log-probabilities it takes the output's own, gradient and all: its ratio teaches nothing."""
+
+    old_logps_dispensable = True  # type: ignore[assignment]
+
+    def log_ratio(self, output: Output, experience: Experience) -> Tensor:
+        old = experience.get("old_logps", output.logps)
+        return torch.where(experience["loss_mask"], output.logps - old, 0).clamp(-20, 20)
+
+
 @caught_by("padding_has_no_influence", "filler_rows_count_for_nothing")
 class DivergenceOverPrompt(Surrogate):
     """The mask of the divergence covers the prompt."""

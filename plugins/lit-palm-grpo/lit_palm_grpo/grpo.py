@@ -191,6 +191,11 @@ class GRPO(Objective):
             needs.add("rollout_logps")
         return frozenset(needs)
 
+    @property
+    def old_logps_dispensable(self) -> bool:
+        """Unless the divergence is charged to the rewards."""
+        return not self.kl_coef or self.kl_in == "loss"
+
     def sampled_elsewhere(self) -> None:
         """With `importance_cap: auto`, correct for it."""
         if self._corrects:
@@ -272,7 +277,7 @@ class GRPO(Objective):
             advantages = masked_whiten(advantages, mask)
         experience["advantages"] = advantages.to(experience["scores"].dtype)
         metrics = reward_metrics(experience["scores"][counted].double(), group, (rewards - kl.sum(1))[counted])
-        if "ref_logps" in experience:
+        if "ref_logps" in experience and "old_logps" in experience:  # otherwise `loss` tells
             apart = torch.where(mask, experience["old_logps"] - experience["ref_logps"], 0).sum(1)
             metrics["objective/kl"] = apart.sum().item() / max(int(counted.sum()), 1)
         experience["metrics"] = metrics
@@ -320,4 +325,7 @@ class GRPO(Objective):
             per_token = per_token - self.entropy_coef * entropy
         count = mask.sum()
         metrics = {name: (torch.where(mask, values.detach(), 0).sum(), count) for name, values in found.items()}
+        if self.kl_coef and "old_logps" not in experience:
+            apart = torch.where(mask, old_logps - experience["ref_logps"], 0).sum()
+            metrics["objective/kl"] = apart, rows_that_count(experience).sum()
         return Loss(aggregate(per_token, mask, self.aggregation, self.max_completion_length), metrics)

@@ -138,3 +138,39 @@ def test_another_engines_probabilities_are_corrected_for(tmp_path: Path) -> None
     assert capped[0]["sampling/importance_mean"] == pytest.approx(1.01, abs=1e-6)
     own, _ = train(GRPO(kl_coef=0.0, importance_cap=1.01), tmp_path, collections=1)
     assert own[0]["sampling/importance_mean"] == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("objective", [GRPO, DrGRPO, CISPO])
+def test_one_step_a_collection_takes_its_own_probabilities(
+    objective: Any, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No pass is made for them after the first collection, and the step is the same: float32 rounds to 1e-5 of it.
+
+    The engine is one whose log-probabilities do not stand in for them.
+    """
+
+    passes: list[int] = []  # collections for which one was made
+    made = LitPolicy.policy_logps
+
+    def policy_logps(module: LitPolicy, batch: Any) -> Any:
+        passes.append(module.trainer.current_epoch)
+        return made(module, batch)
+
+    monkeypatch.setattr(LitPolicy, "policy_logps", policy_logps)
+
+    def run(choice: str) -> tuple[list[dict[str, float]], LitPolicy]:
+        passes.clear()
+        rollout = {"passes": 1, "minibatch_size": 64 // steps, "old_logps": choice}
+        engine = CachedEngine(weights="bf16")
+        return train(objective(kl_coef=0.1), tmp_path, 3, rollout=rollout, engine=engine, lr=1e-3)
+
+    own, policy = run("auto")
+    assert set(passes) == ({0} if steps == 1 else {0, 1, 2})
+    passed, other = run("trainer")
+    assert set(passes) == {0, 1, 2}
+    assert all(abs(logged["val/ratio"] - 1) <= (0 if steps == 1 else 1e-4) for logged in own)
+    for mine, theirs in zip(own, passed, strict=True):
+        assert mine["objective/kl"] == pytest.approx(theirs["objective/kl"], abs=1e-4)
+    for mine, theirs in zip(policy.networks["policy"].parameters(), other.networks["policy"].parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
