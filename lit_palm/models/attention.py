@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lit_palm.models.half import attention
+from lit_palm.models.half import attend_at_once, attention
 
 __all__ = ["Documents", "attend_within", "bias_of", "find_documents"]
 
@@ -63,6 +63,8 @@ def attend_within(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout
     Returns:
         [B, T, H, Dh].
     """
+    if (attended := attend_at_once(q, k, v, documents.lengths, dropout)) is not None:
+        return attended
     grouped = k.shape[2] != q.shape[2]
     parts = (t.flatten(0, 1).split(documents.lengths) for t in (q, k, v))
     # one cut and one joining for all: slices would each give a gradient of the whole

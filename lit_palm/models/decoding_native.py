@@ -17,7 +17,7 @@ from lit_palm.native import compiled
 
 __all__ = ["NativeStep"]
 
-SOURCE = "models/decoding.cpp"
+SOURCE = "decoding.cpp"
 WIDTHS = (32, 64, 128, 256)
 """Of heads that it is written for."""
 
@@ -86,7 +86,7 @@ class NativeStep:
             place: the slot of this token, the last one in use.
         """
         out = x.new_empty(len(x), self.width)
-        cos, sin = (table.contiguous() for table in rope)
+        cos, sin = (table.float().contiguous() for table in rope)
         bias = None if bias is None else bias.to(x.dtype)
         step = _Step(
             cos=cos.data_ptr(), sin=sin.data_ptr(), rope_stride=self.head_dim if len(cos) > 1 else 0,

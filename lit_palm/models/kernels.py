@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lit_palm.models.swiglu_native import swiglu, swiglu_backward
+
 __all__ = ["last_logits", "recomputed", "split_swiglu", "thin_linear"]
 
 PIECE = 2**18
@@ -52,8 +54,14 @@ def split_swiglu(fused: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
     """
     if torch.is_grad_enabled() and fused.requires_grad and not torch.compiler.is_compiling():
         return _SplitSwiGLU.apply(fused, sizes)
+    return _split(fused, sizes)
+
+
+def _split(fused: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
     *parts, gate, up = fused.split_with_sizes(sizes, -1)
-    return *parts, F.silu(gate).mul_(up)
+    if torch.compiler.is_compiling() or (hidden := swiglu(fused, sizes[-1])) is None:
+        hidden = F.silu(gate).mul_(up)
+    return *parts, hidden
 
 
 @contextmanager
@@ -77,8 +85,7 @@ def recomputed(hidden: Tensor) -> Iterator[None]:
     def unpack(kept: Any) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
-        *_, gate, up = node.saved_tensors[0].split_with_sizes(node.sizes, -1)
-        return F.silu(gate).mul_(up).view(kept)
+        return _split(node.saved_tensors[0], node.sizes)[-1].view(kept)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
@@ -89,8 +96,7 @@ class _SplitSwiGLU(torch.autograd.Function):
     def forward(ctx: Any, fused: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
         ctx.save_for_backward(fused)
         ctx.sizes = sizes
-        *parts, gate, up = fused.split_with_sizes(sizes, -1)
-        return *parts, F.silu(gate).mul_(up)
+        return _split(fused, sizes)
 
     @staticmethod
     @once_differentiable
@@ -100,6 +106,8 @@ class _SplitSwiGLU(torch.autograd.Function):
         out = torch.empty_like(fused)
         for part, grad in zip(out.split_with_sizes(sizes, -1), grads[:-1], strict=False):
             part.copy_(grad)
+        if swiglu_backward(fused, grads[-1], out):
+            return out, None
         # on a CPU go by pieces that stay in its cache; elsewhere every piece would be another kernel launch
         rows = max(1, PIECE // sizes[-1]) if fused.is_cpu else fused.numel()
         pieces = (t.flatten(0, -2).split(rows) for t in (fused, out, grads[-1]))

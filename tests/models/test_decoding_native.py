@@ -7,11 +7,7 @@ the step itself is held to the rounding of its type, with terms of about 1.
 from __future__ import annotations
 
 import copy
-import multiprocessing
-import os
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -159,70 +155,6 @@ def test_the_same_tokens_with_a_compiler_and_without(monkeypatch: pytest.MonkeyP
     compiled.cache_clear()
     assert compiled(SOURCE) is None
     assert sampled(torch.float32) == with_it
-
-
-@pytest.mark.usefixtures("forgotten")
-def test_a_compiler_that_fails_is_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    broken = tmp_path / "compiler"
-    broken.write_text("#!/bin/sh\necho no such flag >&2\nexit 1\n")
-    broken.chmod(0o755)
-    monkeypatch.setenv("CXX", str(broken))
-    monkeypatch.setenv("LIT_PALM_CACHE", str(tmp_path / "cache"))
-    with pytest.warns(UserWarning, match=r"decoding\.cpp could not be compiled.*compiler.*no such flag"):
-        assert sampled(torch.float32)
-    assert list((tmp_path / "cache" / "native").iterdir()) == []
-
-
-@needs_compiler
-@pytest.mark.usefixtures("forgotten")
-def test_code_of_somebody_else_s_is_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("LIT_PALM_CACHE", str(tmp_path))
-    assert compiled(SOURCE) is not None
-    compiled.cache_clear()
-    monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
-    with pytest.warns(UserWarning, match="belongs to another user.*LIT_PALM_CACHE"):
-        assert compiled(SOURCE) is None
-
-
-def _compile_in(folder: str, barrier: Any) -> None:
-    os.environ["LIT_PALM_CACHE"] = folder
-    barrier.wait()
-    assert compiled(SOURCE) is not None
-
-
-@needs_compiler
-def test_several_processes_compile_at_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(2)
-    processes = [context.Process(target=_compile_in, args=(str(tmp_path), barrier)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0]
-    assert [path.suffix for path in (tmp_path / "native").iterdir()] == [".so"]
-
-
-@needs_compiler
-@pytest.mark.parametrize("flags", [*native.VECTORS.values(), ()], ids=[*native.VECTORS, "any"])
-def test_it_compiles_without_a_warning_for_every_processor(flags: tuple[str, ...], tmp_path: Path) -> None:
-    """Of this architecture; what the tests above run is that of this processor."""
-    if flags and torch.backends.cpu.get_cpu_capability() not in native.VECTORS:
-        pytest.skip("another architecture")
-    compiler, source = find_compiler(), Path(native.__file__).parent / SOURCE
-    assert compiler is not None
-    command = [
-        compiler,
-        *native.FLAGS,
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        *flags,
-        str(source),
-        "-o",
-        str(tmp_path / "made"),
-    ]
-    subprocess.run(command, check=True)
 
 
 def test_bfloat16_is_native_where_the_processor_multiplies_it() -> None:

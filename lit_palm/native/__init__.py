@@ -1,6 +1,6 @@
 """C++ that is compiled where it runs, for processors: torch has no operation that does as much in one pass.
 
-    library = compiled("models/decoding.cpp")     # a ctypes library, or None
+    library = compiled("decoding.cpp")     # a ctypes library, or None
     library.step_float32(...)
 
 A file is compiled the first time that it is needed, in some seconds, for the vectors that torch itself would use, and
@@ -32,12 +32,12 @@ VECTORS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
     "AVX2": ("-mavx2", "-mfma"),
 }
-"""Flags by what torch calls the processor; any other's are the compiler's own."""
+"""Flags by what torch calls the processor; for others nothing is compiled, since nobody has measured what it gives."""
 
 
 def find_compiler() -> str | None:
-    """$CXX, g++ or clang++; None where there is none, or where it would not share torch's threads."""
-    if sys.platform != "linux":
+    """$CXX, g++ or clang++; None where there is none, for other processors, or where threads would not be torch's."""
+    if sys.platform != "linux" or torch.backends.cpu.get_cpu_capability() not in VECTORS:
         return None
     for name in (os.environ.get("CXX"), "g++", "clang++"):
         found = shutil.which(name) if name else None
@@ -48,10 +48,10 @@ def find_compiler() -> str | None:
 
 @cache
 def compiled(name: str) -> ctypes.CDLL | None:
-    """A C++ file of this package, compiled and loaded.
+    """A C++ file of this folder, compiled and loaded.
 
     Args:
-        name: its path below `lit_palm`.
+        name: its name in this folder.
 
     Returns:
         None where there is no compiler, or with a warning where it does not take the file.
@@ -60,8 +60,9 @@ def compiled(name: str) -> ctypes.CDLL | None:
     if compiler is None:
         return None
     source = Path(__file__).parent / name
-    command = [compiler, *FLAGS, *VECTORS.get(torch.backends.cpu.get_cpu_capability(), ()), str(source)]
-    key = hashlib.sha256(repr((command[:-1], source.read_bytes())).encode()).hexdigest()[:32]
+    command = [compiler, *FLAGS, *VECTORS[torch.backends.cpu.get_cpu_capability()], str(source)]
+    texts = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
+    key = hashlib.sha256(repr((command[:-1], texts)).encode()).hexdigest()[:32]
     place = cache_folder() / "native" / f"{source.stem}-{key}.so"
     try:
         if not place.exists():
@@ -72,7 +73,7 @@ def compiled(name: str) -> ctypes.CDLL | None:
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         warnings.warn(
-            f"{source.name} could not be compiled, and decoding goes on without it, slower. {' '.join(command)}: "
+            f"{source.name} could not be compiled, and is done without, slower. {' '.join(command)}: "
             f"{said.strip().splitlines()[0]}",
             stacklevel=2,
         )

@@ -1,112 +1,13 @@
 // One block's decoding step between its two matrix products, for processors: rotary positions, keys and values stored,
 // attention of one token a row, SwiGLU. torch runs a dozen operations for it, each of which passes over memory and
-// wakes the threads; here it is one pass. Sums are float32 whatever the type of what is read. See decoding_native.py.
-//
-// Vectors are those of GCC and Clang, which turn 16 numbers into one register or several: AVX-512, AVX2, NEON alike.
+// wakes the threads; here it is one pass. Sums are float32 whatever the type of what is read. See
+// models/decoding_native.py.
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
 #include <vector>
 
+#include "vectors.h"
+
 namespace {
-
-constexpr int W = 16;  // numbers of a vector
-typedef float Floats __attribute__((vector_size(4 * W)));
-typedef int32_t Ints __attribute__((vector_size(4 * W)));
-
-struct bfloat16 {
-    uint16_t bits;
-};
-
-// Two vectors of consecutive numbers. Those of 16 bits come as the even ones and the odd ones, which costs one operation
-// each; sums over them do not mind, and `store` puts them together again.
-struct Pair {
-    Floats first, second;
-};
-
-inline Floats vector(const float* from) {
-    Floats x;
-    std::memcpy(&x, from, sizeof x);
-    return x;
-}
-
-inline Pair load(const float* from) { return {vector(from), vector(from + W)}; }
-
-inline Pair load(const bfloat16* from) {
-    Ints x;
-    std::memcpy(&x, from, sizeof x);
-    return {(Floats)(x << 16), (Floats)(x & ~0xffff)};
-}
-
-inline void store(float* to, Pair x) {
-    std::memcpy(to, &x.first, sizeof x.first);
-    std::memcpy(to + W, &x.second, sizeof x.second);
-}
-
-inline Ints rounded(Floats x) {  // to the nearest, of two as near to the even one; NaN stays NaN
-    const Ints bits = (Ints)x;
-    return x != x ? Ints{} + 0x7fc00000 : bits + 0x7fff + ((bits >> 16) & 1);
-}
-
-inline void store(bfloat16* to, Pair x) {
-    const Ints bits = ((rounded(x.first) >> 16) & 0xffff) | (rounded(x.second) & ~0xffff);
-    std::memcpy(to, &bits, sizeof bits);
-}
-
-// float32 numbers in the order of a type's pairs
-inline Pair ordered(const float* from, const float*) { return load(from); }
-
-inline Pair ordered(const float* from, const bfloat16*) {
-    const Pair x = load(from);
-    return {__builtin_shufflevector(x.first, x.second, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
-            __builtin_shufflevector(x.first, x.second, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)};
-}
-
-inline float number(const float* x) { return *x; }
-
-inline float number(const bfloat16* x) {
-    uint32_t bits = uint32_t(x->bits) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-// e^x within 2 units in the last place (Cephes' polynomial); below -87 it is 0
-inline Floats exponential(Floats x) {
-    Floats whole = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;  // rounded to an integer
-    Floats r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-    Floats y = Floats{} + 1.9875691500e-4f;
-    y = y * r + 1.3981999507e-3f;
-    y = y * r + 8.3334519073e-3f;
-    y = y * r + 4.1665795894e-2f;
-    y = y * r + 1.6666665459e-1f;
-    y = y * r + 5.0000001201e-1f;
-    y = y * r * r + r + 1.0f;
-    y *= (Floats)((__builtin_convertvector(whole, Ints) + 127) << 23);
-    y = x < -87.0f ? Floats{} : y;
-    return x > 88.0f ? Floats{} + std::numeric_limits<float>::infinity() : y;
-}
-
-inline float sum(Floats x) {
-    float total = 0;
-    for (int i = 0; i < W; i++) total += x[i];
-    return total;
-}
-
-// the sums of four vectors
-inline void sums(Floats a, Floats b, Floats c, Floats d, float* to) {
-#define LOW 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
-#define HIGH 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
-    Floats ab = __builtin_shufflevector(a, b, LOW) + __builtin_shufflevector(a, b, HIGH);
-    Floats cd = __builtin_shufflevector(c, d, LOW) + __builtin_shufflevector(c, d, HIGH);
-    Floats x = __builtin_shufflevector(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-               __builtin_shufflevector(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-    x += __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-    x += __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-    for (int i = 0; i < 4; i++) to[i] = x[4 * i];
-}
 
 template <typename T>
 struct Step {
@@ -199,7 +100,8 @@ void attend(const Step<T>& s, int64_t row, int64_t shared, int64_t head, float* 
         for (int64_t n = 0; n < seen && s.bias; n++) scores[g * padded + n] += number(s.bias + row * s.bias_stride + n);
         norm[g] = 1 / weigh(scores + g * padded, seen, padded);
     }
-    constexpr int TOGETHER = D * G <= 16 * W ? D / (2 * W) : 8 / G;  // whose sums fit the registers
+    constexpr int MOST = REGISTERS / 4 / G > 0 ? REGISTERS / 4 / G : 1;  // pairs whose sums fit half of the registers
+    constexpr int TOGETHER = D / (2 * W) < MOST ? D / (2 * W) : MOST;
     T* out = s.out + row * (s.heads * D + s.inner) + head * D;
     for (int first = 0; first < D; first += TOGETHER * 2 * W) {
         Pair found[G][TOGETHER] = {};
@@ -225,14 +127,15 @@ template <typename T, int D>
 void run(const Step<T>& s) {
     constexpr int PIECE = 16 * W;
     const int64_t shared = s.heads / s.kv_heads, seen = s.place - s.start + 1, before = (s.heads + 2 * s.kv_heads) * D;
-    const int64_t at_once = shared % 4 == 0 ? 4 : 1, pieces = (s.inner + PIECE - 1) / PIECE;
+    constexpr int GROUP = REGISTERS / 8;
+    const int64_t at_once = shared % GROUP == 0 ? GROUP : 1, pieces = (s.inner + PIECE - 1) / PIECE;
 #pragma omp parallel if (s.rows * (s.heads * D * seen + 8 * s.inner) > 65536)
     {
         std::vector<float> scores(at_once * (seen + W));
 #pragma omp for schedule(static) nowait
         for (int64_t task = 0; task < s.rows * s.heads / at_once; task++) {
             const int64_t row = task * at_once / s.heads, head = task * at_once % s.heads;
-            const auto one = at_once == 4 ? attend<T, D, 4> : attend<T, D, 1>;
+            const auto one = at_once == GROUP ? attend<T, D, GROUP> : attend<T, D, 1>;
             one(s, row, head / shared, head, scores.data());
         }
 #pragma omp for schedule(static) nowait
