@@ -1,4 +1,4 @@
-"""`native/swiglu.cpp`: SwiGLU on a processor in one pass over memory, where torch takes three and its backward five."""
+"""`native/swiglu.cpp`: SwiGLU on a processor in one pass over memory, where torch takes two, and five backward."""
 
 from __future__ import annotations
 

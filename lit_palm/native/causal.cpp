@@ -1,9 +1,9 @@
 // Causal attention of sequences that lie one after the other, with its backward pass, for processors: FlashAttention-2
 // (Dao 2023). See models/causal.py.
 //
-// Query heads that share a key/value head are rows of one matrix, and a block of rows is multiplied with blocks of keys.
-// Everything between what is read and what is written is float32. A dimension of a head is, below, a place in the order
-// that `load` gives: the same for queries, keys, values and their gradients, and undone by `store`.
+// Query heads that share a key/value head are rows of one matrix, and a block of rows is multiplied with blocks of
+// keys. Everything between what is read and what is written is float32. A dimension of a head is, below, a place in the
+// order that `load` gives: the same for queries, keys, values and their gradients, and undone by `store`.
 
 #include <omp.h>
 
@@ -33,28 +33,34 @@ inline Floats32 floats(int64_t count) {
 
 inline int64_t up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
-// c [rows, columns] (+)= a [rows, depth] b [depth, columns]; rows are multiples of ROWS and columns of WIDTH
-template <bool ADD>
+// c [rows, columns] (+)= a [rows, depth] b [depth, columns]; rows are multiples of ROWS and columns of WIDTH. A row of
+// `a` begins A_ROW numbers after the one before it, and its numbers lie A_DEPTH apart.
+template <bool ADD, int A_ROW, int A_DEPTH>
 void multiply(
-    const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows,
-    int64_t columns, int64_t depth
+    const float* a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows, int64_t columns, int64_t depth
 ) {
     for (int64_t j = 0; j < columns; j += WIDTH)
         for (int64_t i = 0; i < rows; i += ROWS) {
+            // GCC keeps sums in registers only if each is set by a line of its own, and not to zero
+            float* to = c + i * ldc + j;
+            const float *left = a + i * A_ROW, *right = b + j;
             Floats sums[ROWS][2];
-            for (int r = 0; r < ROWS; r++)
-                for (int v = 0; v < 2; v++) sums[r][v] = ADD ? vector(c + (i + r) * ldc + j + v * W) : Floats{};
-            const float* left = a + i * a_row;
-            for (int64_t k = 0; k < depth; k++) {
-                const Floats first = vector(b + k * ldb + j), second = vector(b + k * ldb + j + W);
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++) {
+                sums[r][0] = ADD ? vector(to + r * ldc) : left[r * A_ROW] * vector(right);
+                sums[r][1] = ADD ? vector(to + r * ldc + W) : left[r * A_ROW] * vector(right + W);
+            }
+            for (int64_t k = ADD ? 0 : 1; k < depth; k++) {
+                const Floats first = vector(right + k * ldb), second = vector(right + k * ldb + W);
+#pragma GCC unroll 8
                 for (int r = 0; r < ROWS; r++) {
-                    const float x = left[r * a_row + k * a_depth];
+                    const float x = left[r * A_ROW + k * A_DEPTH];
                     sums[r][0] += x * first;
                     sums[r][1] += x * second;
                 }
             }
-            for (int r = 0; r < ROWS; r++)
-                for (int v = 0; v < 2; v++) std::memcpy(c + (i + r) * ldc + j + v * W, &sums[r][v], sizeof(Floats));
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++) store(to + r * ldc, {sums[r][0], sums[r][1]});
         }
 }
 
@@ -137,7 +143,9 @@ struct Block {  // of queries that share a key/value head
 };
 
 template <typename T, int D>
-void forward_block(const Attention<T>& a, const Block<T, D>& block, const float* keys, const float* values, float* memory) {
+void forward_block(
+    const Attention<T>& a, const Block<T, D>& block, const float* keys, const float* values, float* memory
+) {
     const int64_t width = up(a.lengths[block.sequence], WIDTH), seen = up(block.first + block.count, WIDTH);
     float *queries = memory, *sums = queries + block.padded * D, *scores = sums + block.padded * D;
     float *most = scores + block.padded * KEYS, *norm = most + block.padded;
@@ -147,7 +155,7 @@ void forward_block(const Attention<T>& a, const Block<T, D>& block, const float*
     std::fill(norm, norm + block.rows, 0.0f);
     for (int64_t first = 0; first < seen; first += KEYS) {
         const int64_t columns = std::min(KEYS, seen - first);
-        multiply<false>(queries, D, 1, keys + first, width, scores, KEYS, block.padded, columns, D);
+        multiply<false, D, 1>(queries, keys + first, width, scores, KEYS, block.padded, columns, D);
         for (int64_t row = 0; row < block.rows; row++) {
             float* mine = scores + row * KEYS;
             cut(mine, block.token(a, row), first, columns);
@@ -169,7 +177,7 @@ void forward_block(const Attention<T>& a, const Block<T, D>& block, const float*
             }
             norm[row] += sum(total);
         }
-        multiply<true>(scores, KEYS, 1, values + first * D, D, sums, D, block.padded, D, columns);
+        multiply<true, KEYS, 1>(scores, values + first * D, D, sums, D, block.padded, D, columns);
     }
     for (int64_t row = 0; row < block.rows; row++) {
         narrow<T, D>(sums + row * D, a.out + block.place(a, row) * D, 1 / norm[row]);
@@ -177,46 +185,70 @@ void forward_block(const Attention<T>& a, const Block<T, D>& block, const float*
     }
 }
 
-template <typename T, int D>
-int64_t scratch(const Attention<T>& a) {
-    const int64_t rows = up(Block<T, D>::tokens(a.heads / a.kv_heads) * (a.heads / a.kv_heads), ROWS);
-    return up(rows * (3 * D + 2 * KEYS + 2), W);
-}
+// A sequence and a key/value head, and where its keys are in memory for all of them
+struct Share {
+    int64_t sequence, head, at;
+};
 
-// Where each sequence's share of memory for all of them begins, in units of WIDTH tokens
-template <typename T>
-std::unique_ptr<int64_t[]> places(const Attention<T>& a) {
-    std::unique_ptr<int64_t[]> found(new int64_t[a.sequences + 1]);
-    found[0] = 0;
-    for (int64_t s = 0; s < a.sequences; s++) found[s + 1] = found[s] + up(a.lengths[s], WIDTH);
-    return found;
-}
+template <typename T, int D>
+struct Shares {
+    const Attention<T>& a;
+    std::unique_ptr<int64_t[]> begins;  // of each sequence, in tokens; each has whole vectors
+    int64_t count, size;                // of shares; numbers in all
+
+    explicit Shares(const Attention<T>& a)
+        : a(a), begins(new int64_t[a.sequences + 1]), count(a.sequences * a.kv_heads) {
+        begins[0] = 0;
+        for (int64_t s = 0; s < a.sequences; s++) begins[s + 1] = begins[s] + up(a.lengths[s], WIDTH);
+        size = begins[a.sequences] * a.kv_heads * D;
+    }
+
+    Share operator[](int64_t number) const {
+        const int64_t s = number / a.kv_heads, head = number % a.kv_heads;
+        return {s, head, (begins[s] * a.kv_heads + head * (begins[s + 1] - begins[s])) * D};
+    }
+
+    void keys(const Share& share, float* rows, float* columns) const {
+        const T* from = a.k + a.starts[share.sequence] * a.k_stride + share.head * D;
+        unfold<T, D>(from, a.k_stride, a.lengths[share.sequence], rows + share.at, columns + share.at);
+    }
+
+    void values(const Share& share, float* rows, float* columns) const {
+        const T* from = a.v + a.starts[share.sequence] * a.v_stride + share.head * D;
+        if (columns) columns += share.at;
+        unfold<T, D>(from, a.v_stride, a.lengths[share.sequence], rows + share.at, columns);
+    }
+
+    // what a thread needs for a block
+    int64_t scratch() const {
+        const int64_t group = a.heads / a.kv_heads, rows = up(Block<T, D>::tokens(group) * group, ROWS);
+        return up(rows * (3 * D + 2 * KEYS + 2), W);
+    }
+};
 
 template <typename T, int D>
 void forward(const Attention<T>& a) {
-    const auto place = places(a);
-    const int64_t total = place[a.sequences], pairs = a.sequences * a.kv_heads, size = Block<T, D>::tokens(a.heads / a.kv_heads);
-    int64_t longest = 0;
-    for (int64_t s = 0; s < a.sequences; s++) longest = std::max(longest, a.lengths[s]);
-    const int64_t blocks = (longest + size - 1) / size;
-    const Floats32 rows = floats(total * a.kv_heads * D), keys = floats(total * a.kv_heads * D), values = floats(total * a.kv_heads * D);
-    const int64_t each = scratch<T, D>(a);
+    const Shares<T, D> shares(a);
+    const Floats32 rows = floats(shares.size), keys = floats(shares.size), values = floats(shares.size);
+    const int64_t each = shares.scratch(), size = Block<T, D>::tokens(a.heads / a.kv_heads);
     const Floats32 memory = floats(a.threads * each);
+    const int64_t blocks = (*std::max_element(a.lengths, a.lengths + a.sequences) + size - 1) / size;
 #pragma omp parallel num_threads(a.threads)
     {
 #pragma omp for schedule(dynamic)
-        for (int64_t pair = 0; pair < pairs; pair++) {
-            const int64_t s = pair / a.kv_heads, head = pair % a.kv_heads, at = (place[s] * a.kv_heads + head * up(a.lengths[s], WIDTH)) * D;
-            unfold<T, D>(a.k + a.starts[s] * a.k_stride + head * D, a.k_stride, a.lengths[s], rows.get() + at, keys.get() + at);
-            unfold<T, D>(a.v + a.starts[s] * a.v_stride + head * D, a.v_stride, a.lengths[s], values.get() + at, nullptr);
+        for (int64_t i = 0; i < shares.count; i++) {
+            shares.keys(shares[i], rows.get(), keys.get());
+            shares.values(shares[i], values.get(), nullptr);
         }
         // the longest first, so that no thread is left with one at the end
 #pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < blocks * pairs; task++) {
-            const int64_t number = blocks - 1 - task / pairs, pair = task % pairs, s = pair / a.kv_heads, head = pair % a.kv_heads;
-            if (number * size >= a.lengths[s]) continue;
-            const int64_t at = (place[s] * a.kv_heads + head * up(a.lengths[s], WIDTH)) * D;
-            forward_block(a, Block<T, D>(a, s, head, number), keys.get() + at, values.get() + at, memory.get() + omp_get_thread_num() * each);
+        for (int64_t task = 0; task < blocks * shares.count; task++) {
+            const int64_t number = blocks - 1 - task / shares.count;
+            const Share share = shares[task % shares.count];
+            if (number * size >= a.lengths[share.sequence]) continue;
+            const Block<T, D> block(a, share.sequence, share.head, number);
+            float* mine = memory.get() + omp_get_thread_num() * each;
+            forward_block(a, block, keys.get() + share.at, values.get() + share.at, mine);
         }
     }
 }
@@ -228,7 +260,8 @@ void backward_block(
 ) {
     const int64_t width = up(a.lengths[block.sequence], WIDTH), seen = up(block.first + block.count, WIDTH);
     float *queries = memory, *grads = queries + block.padded * D, *sums = grads + block.padded * D;
-    float *weights = sums + block.padded * D, *slopes = weights + block.padded * KEYS, *delta = slopes + block.padded * KEYS;
+    float *weights = sums + block.padded * D, *slopes = weights + block.padded * KEYS;
+    float* delta = slopes + block.padded * KEYS;
     block.queries(a, queries);
     std::memset(grads + block.rows * D, 0, (block.padded - block.rows) * D * sizeof(float));
     std::memset(sums, 0, block.padded * D * sizeof(float));
@@ -244,21 +277,22 @@ void backward_block(
     }
     for (int64_t first = 0; first < seen; first += KEYS) {
         const int64_t columns = std::min(KEYS, seen - first);
-        multiply<false>(queries, D, 1, keys_t + first, width, weights, KEYS, block.padded, columns, D);
-        multiply<false>(grads, D, 1, values_t + first, width, slopes, KEYS, block.padded, columns, D);
+        multiply<false, D, 1>(queries, keys_t + first, width, weights, KEYS, block.padded, columns, D);
+        multiply<false, D, 1>(grads, values_t + first, width, slopes, KEYS, block.padded, columns, D);
         for (int64_t row = 0; row < block.rows; row++) {
             float *mine = weights + row * KEYS, *slope = slopes + row * KEYS;
             cut(mine, block.token(a, row), first, columns);
             const float norm = a.log_sums[block.place(a, row)];
             for (int64_t n = 0; n < columns; n += W) {
-                const Floats weight = exponential(vector(mine + n) - norm), x = weight * (vector(slope + n) - delta[row]);
+                const Floats weight = exponential(vector(mine + n) - norm);
+                const Floats x = weight * (vector(slope + n) - delta[row]);
                 std::memcpy(mine + n, &weight, sizeof weight);
                 std::memcpy(slope + n, &x, sizeof x);
             }
         }
-        multiply<true>(weights, 1, KEYS, grads, D, grad_v + first * D, D, columns, D, block.rows);
-        multiply<true>(slopes, 1, KEYS, queries, D, grad_k + first * D, D, columns, D, block.rows);
-        multiply<true>(slopes, KEYS, 1, keys + first * D, D, sums, D, block.padded, D, columns);
+        multiply<true, 1, KEYS>(weights, grads, D, grad_v + first * D, D, columns, D, block.rows);
+        multiply<true, 1, KEYS>(slopes, queries, D, grad_k + first * D, D, columns, D, block.rows);
+        multiply<true, KEYS, 1>(slopes, keys + first * D, D, sums, D, block.padded, D, columns);
     }
     for (int64_t row = 0; row < block.rows; row++)
         narrow<T, D>(sums + row * D, a.grad_q + block.place(a, row) * D, 1 / std::sqrt(float(D)));
@@ -266,47 +300,46 @@ void backward_block(
 
 template <typename T, int D>
 void backward(const Attention<T>& a) {
-    const auto place = places(a);
-    const int64_t total = place[a.sequences] * a.kv_heads * D, pairs = a.sequences * a.kv_heads;
-    const int64_t size = Block<T, D>::tokens(a.heads / a.kv_heads);
+    const Shares<T, D> shares(a);
+    const int64_t size = Block<T, D>::tokens(a.heads / a.kv_heads), each = shares.scratch(), all = shares.size;
     // each part of a sequence's blocks adds up gradients of its keys and values in memory of its own
-    const int64_t parts = pairs >= 2 * a.threads ? 1 : (2 * a.threads + pairs - 1) / pairs;
-    const Floats32 keys = floats(total), keys_t = floats(total), values = floats(total), values_t = floats(total);
-    const Floats32 grads = floats(2 * parts * total);
-    const int64_t each = scratch<T, D>(a);
-    const Floats32 memory = floats(a.threads * each);
+    const int64_t parts = shares.count >= 2 * a.threads ? 1 : (2 * a.threads + shares.count - 1) / shares.count;
+    const Floats32 keys = floats(all), keys_t = floats(all), values = floats(all), values_t = floats(all);
+    const Floats32 grads_k = floats(parts * all), grads_v = floats(parts * all), memory = floats(a.threads * each);
 #pragma omp parallel num_threads(a.threads)
     {
 #pragma omp for schedule(dynamic)
-        for (int64_t pair = 0; pair < pairs; pair++) {
-            const int64_t s = pair / a.kv_heads, head = pair % a.kv_heads, at = (place[s] * a.kv_heads + head * up(a.lengths[s], WIDTH)) * D;
-            unfold<T, D>(a.k + a.starts[s] * a.k_stride + head * D, a.k_stride, a.lengths[s], keys.get() + at, keys_t.get() + at);
-            unfold<T, D>(a.v + a.starts[s] * a.v_stride + head * D, a.v_stride, a.lengths[s], values.get() + at, values_t.get() + at);
+        for (int64_t i = 0; i < shares.count; i++) {
+            shares.keys(shares[i], keys.get(), keys_t.get());
+            shares.values(shares[i], values.get(), values_t.get());
         }
 #pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < parts * pairs; task++) {
-            const int64_t part = task % parts, pair = task / parts, s = pair / a.kv_heads, head = pair % a.kv_heads;
-            const int64_t at = (place[s] * a.kv_heads + head * up(a.lengths[s], WIDTH)) * D, blocks = (a.lengths[s] + size - 1) / size;
-            float *grad_k = grads.get() + part * 2 * total + at, *grad_v = grad_k + total;
-            std::memset(grad_k, 0, up(a.lengths[s], WIDTH) * D * sizeof(float));
-            std::memset(grad_v, 0, up(a.lengths[s], WIDTH) * D * sizeof(float));
-            for (int64_t number = part; number < blocks; number += parts)
-                backward_block(
-                    a, Block<T, D>(a, s, head, number), keys.get() + at, keys_t.get() + at, values_t.get() + at, grad_k,
-                    grad_v, memory.get() + omp_get_thread_num() * each
-                );
+        for (int64_t task = 0; task < parts * shares.count; task++) {
+            const int64_t part = task % parts;
+            const Share share = shares[task / parts];
+            const int64_t length = a.lengths[share.sequence];
+            float *grad_k = grads_k.get() + part * all + share.at, *grad_v = grads_v.get() + part * all + share.at;
+            std::fill(grad_k, grad_k + up(length, WIDTH) * D, 0.0f);
+            std::fill(grad_v, grad_v + up(length, WIDTH) * D, 0.0f);
+            for (int64_t number = part; number * size < length; number += parts) {
+                const Block<T, D> block(a, share.sequence, share.head, number);
+                float* mine = memory.get() + omp_get_thread_num() * each;
+                const int64_t at = share.at;
+                backward_block(a, block, keys.get() + at, keys_t.get() + at, values_t.get() + at, grad_k, grad_v, mine);
+            }
         }
 #pragma omp for schedule(static)
-        for (int64_t pair = 0; pair < pairs; pair++) {
-            const int64_t s = pair / a.kv_heads, head = pair % a.kv_heads, at = (place[s] * a.kv_heads + head * up(a.lengths[s], WIDTH)) * D;
-            float *grad_k = grads.get() + at, *grad_v = grad_k + total;
+        for (int64_t i = 0; i < shares.count; i++) {
+            const Share share = shares[i];
+            const int64_t length = a.lengths[share.sequence];
+            float *grad_k = grads_k.get() + share.at, *grad_v = grads_v.get() + share.at;
             for (int64_t part = 1; part < parts; part++)
-                for (int64_t i = 0; i < a.lengths[s] * D; i++) {
-                    grad_k[i] += grad_k[part * 2 * total + i];
-                    grad_v[i] += grad_v[part * 2 * total + i];
+                for (int64_t n = 0; n < length * D; n++) {
+                    grad_k[n] += grad_k[part * all + n];
+                    grad_v[n] += grad_v[part * all + n];
                 }
-            for (int64_t t = 0; t < a.lengths[s]; t++) {
-                const int64_t to = ((a.starts[s] + t) * a.kv_heads + head) * D;
+            for (int64_t t = 0; t < length; t++) {
+                const int64_t to = ((a.starts[share.sequence] + t) * a.kv_heads + share.head) * D;
                 narrow<T, D>(grad_k + t * D, a.grad_k + to, 1);
                 narrow<T, D>(grad_v + t * D, a.grad_v + to, 1);
             }
@@ -338,5 +371,10 @@ int attend(const Attention<T>* a, int64_t head_dim) {
 
 }  // namespace
 
-extern "C" int attend_float32(const void* a, int64_t head_dim) { return attend((const Attention<float>*)a, head_dim); }
-extern "C" int attend_bfloat16(const void* a, int64_t head_dim) { return attend((const Attention<bfloat16>*)a, head_dim); }
+extern "C" int attend_float32(const void* a, int64_t head_dim) {
+    return attend((const Attention<float>*)a, head_dim);
+}
+
+extern "C" int attend_bfloat16(const void* a, int64_t head_dim) {
+    return attend((const Attention<bfloat16>*)a, head_dim);
+}

@@ -23,8 +23,8 @@ struct bfloat16 {
     uint16_t bits;
 };
 
-// Two vectors of consecutive numbers. Those of 16 bits come as the even ones and the odd ones, which costs one operation
-// each; sums over them do not mind, and `store` puts them together again.
+// Two vectors of consecutive numbers. Those of 16 bits come as the even ones and the odd ones, which costs one
+// operation each; sums over them do not mind, and `store` puts them together again.
 struct Pair {
     Floats first, second;
 };

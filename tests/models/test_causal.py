@@ -24,7 +24,7 @@ OFF = {torch.float32: 2e-6, torch.bfloat16: 5e-3}
 
 def off(one: Tensor | None, other: Tensor | None) -> float:
     assert one is not None and other is not None
-    return float((one.double() - other).norm() / other.norm())
+    return float(((one.double() - other).norm() / other.norm()).detach())
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], looser: float = 1.0) -> None:

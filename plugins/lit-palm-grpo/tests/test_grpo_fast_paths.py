@@ -11,8 +11,9 @@ GRPOTrainer. Compared are the loss, what is logged, and the gradient of every we
 Tolerances, of the gradient as the length of the difference over that of the whole. float32 keeps 24 bits: 1e-4, since
 the old log-probabilities are the engine's, from sums in another order (1e-5 nats), and the terms of a group cancel in
 part. bfloat16 keeps 8: a token's log-probability is off by up to 0.05 nats, its ratio by as many parts in a hundred,
-and the gradient by 4%. A token whose ratio lies that near to a bound of the clipping falls to either side of it, and
-takes all of its gradient along: in 16 bits the bounds are where no ratio comes.
+and the gradient by 4%, by 5% where weights are bfloat16 too. A token whose ratio lies that near to a bound of the
+clipping falls to either side of it, and takes all of its gradient along: in 16 bits the bounds are where no ratio
+comes.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def run_of(folder: Path, precision: Any, seen: Recorder, **options: Any) -> tupl
     return module, recorded
 
 
-BOUNDS = {"32-true": (1e-4, 1e-5, 2e-5), "bf16-mixed": (0.04, 0.005, 0.05), "bf16-true": (0.04, 0.005, 0.05)}
+BOUNDS = {"32-true": (1e-4, 1e-5, 2e-5), "bf16-mixed": (0.04, 0.005, 0.05), "bf16-true": (0.05, 0.005, 0.05)}
 """Of the gradient (relative), of loss and metrics (absolute), and of a token's log-probability (nats)."""
 
 OTHER = {"engine": ContinuousEngine(3, weights="bf16")}
