@@ -58,16 +58,16 @@ def test_a_folder_that_cannot_be_written_is_told_of(monkeypatch: pytest.MonkeyPa
 
 @needs_compiler
 @pytest.mark.usefixtures("forgotten")
-def test_half_a_library_is_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What another program has broken; the file is named."""
+def test_a_file_that_is_no_library_is_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What another program has written there; the file is named."""
     monkeypatch.setenv("LIT_PALM_CACHE", str(tmp_path / "whole"))
     assert compiled(SOURCE) is not None
     (whole,) = (tmp_path / "whole" / "native").iterdir()
-    made = tmp_path / "half" / "native" / whole.name
+    made = tmp_path / "other" / "native" / whole.name
     made.parent.mkdir(parents=True)
-    made.write_bytes(whole.read_bytes()[:2000])
+    made.write_bytes(b"no library")
     compiled.cache_clear()
-    monkeypatch.setenv("LIT_PALM_CACHE", str(tmp_path / "half"))
+    monkeypatch.setenv("LIT_PALM_CACHE", str(tmp_path / "other"))
     with pytest.warns(UserWarning, match=made.name):
         assert compiled(SOURCE) is None
 
