@@ -19,6 +19,7 @@ namespace {
 constexpr int ROWS = REGISTERS / 4;  // of what is multiplied in registers
 constexpr int WIDTH = 2 * W;         // two vectors of each
 constexpr int64_t QUERIES = 96, KEYS = 256;  // of a block
+constexpr int64_t PITCH = KEYS + W;          // from a row of scores to the next: a power of two would crowd the cache
 
 struct Free {
     void operator()(float* memory) const { std::free(memory); }
@@ -34,16 +35,18 @@ inline Floats32 floats(int64_t count) {
 inline int64_t up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
 // c [rows, columns] (+)= a [rows, depth] b [depth, columns]; rows are multiples of ROWS and columns of WIDTH. A row of
-// `a` begins A_ROW numbers after the one before it, and its numbers lie A_DEPTH apart.
+// `a` begins A_ROW numbers after the one before it, and its numbers lie A_DEPTH apart. Of `b` WIDTH columns are
+// together, in rows that are `ldb` numbers apart, and the next ones `panel` numbers further.
 template <bool ADD, int A_ROW, int A_DEPTH>
 void multiply(
-    const float* a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows, int64_t columns, int64_t depth
+    const float* a, const float* b, int64_t ldb, int64_t panel, float* c, int64_t ldc, int64_t rows, int64_t columns,
+    int64_t depth
 ) {
     for (int64_t j = 0; j < columns; j += WIDTH)
         for (int64_t i = 0; i < rows; i += ROWS) {
             // GCC keeps sums in registers only if each is set by a line of its own, and not to zero
             float* to = c + i * ldc + j;
-            const float *left = a + i * A_ROW, *right = b + j;
+            const float *left = a + i * A_ROW, *right = b + j / WIDTH * panel;
             Floats sums[ROWS][2];
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++) {
@@ -89,19 +92,21 @@ inline void narrow(const float* from, T* to, float scale) {
     for (int i = 0; i < D; i += 2 * W) store(to + i, {vector(from + i) * scale, vector(from + i + W) * scale});
 }
 
-// One sequence's keys or values of one head: [length, D], and transposed [D, padded]
+// One sequence's keys or values of one head, by columns of which WIDTH are together: [D / WIDTH, padded, WIDTH], and
+// transposed [padded / WIDTH, D, WIDTH]
 template <typename T, int D>
 void unfold(const T* from, int64_t stride, int64_t length, float* rows, float* columns) {
     const int64_t padded = up(length, WIDTH);
-    for (int64_t t = 0; t < length; t++) widen<T, D>(from + t * stride, rows + t * D, 1);
-    for (int64_t t = length; t < padded; t++) std::memset(rows + t * D, 0, D * sizeof(float));
+    for (int d = 0; d < D; d += WIDTH) {
+        float* to = rows + d * padded;
+        for (int64_t t = 0; t < length; t++) widen<T, WIDTH>(from + t * stride + d, to + t * WIDTH, 1);
+        std::fill(to + length * WIDTH, to + padded * WIDTH, 0.0f);
+    }
     if (columns)
-        for (int64_t t = 0; t < padded; t += W)
-            for (int d = 0; d < D; d++) {
-                Floats x;
-                for (int i = 0; i < W; i++) x[i] = rows[(t + i) * D + d];
-                std::memcpy(columns + d * padded + t, &x, sizeof x);
-            }
+        for (int64_t t = 0; t < padded; t++)
+            for (int d = 0; d < D; d++)
+                columns[t / WIDTH * D * WIDTH + d * WIDTH + t % WIDTH] =
+                    rows[d / WIDTH * padded * WIDTH + t * WIDTH + d % WIDTH];
 }
 
 // Scores of a row of queries at `token` by the keys from `first` on: -inf after the token
@@ -148,16 +153,16 @@ void forward_block(
 ) {
     const int64_t width = up(a.lengths[block.sequence], WIDTH), seen = up(block.first + block.count, WIDTH);
     float *queries = memory, *sums = queries + block.padded * D, *scores = sums + block.padded * D;
-    float *most = scores + block.padded * KEYS, *norm = most + block.padded;
+    float *most = scores + block.padded * PITCH, *norm = most + block.padded;
     block.queries(a, queries);
     std::memset(sums, 0, block.padded * D * sizeof(float));
     std::fill(most, most + block.rows, -std::numeric_limits<float>::infinity());
     std::fill(norm, norm + block.rows, 0.0f);
     for (int64_t first = 0; first < seen; first += KEYS) {
         const int64_t columns = std::min(KEYS, seen - first);
-        multiply<false, D, 1>(queries, keys + first, width, scores, KEYS, block.padded, columns, D);
+        multiply<false, D, 1>(queries, keys + first * D, WIDTH, D * WIDTH, scores, PITCH, block.padded, columns, D);
         for (int64_t row = 0; row < block.rows; row++) {
-            float* mine = scores + row * KEYS;
+            float* mine = scores + row * PITCH;
             cut(mine, block.token(a, row), first, columns);
             Floats peaks = vector(mine);
             for (int64_t n = W; n < columns; n += W) peaks = vector(mine + n) > peaks ? vector(mine + n) : peaks;
@@ -177,7 +182,8 @@ void forward_block(
             }
             norm[row] += sum(total);
         }
-        multiply<true, KEYS, 1>(scores, values + first * D, D, sums, D, block.padded, D, columns);
+        const float* seen_values = values + first * WIDTH;
+        multiply<true, PITCH, 1>(scores, seen_values, WIDTH, width * WIDTH, sums, D, block.padded, D, columns);
     }
     for (int64_t row = 0; row < block.rows; row++) {
         narrow<T, D>(sums + row * D, a.out + block.place(a, row) * D, 1 / norm[row]);
@@ -222,7 +228,7 @@ struct Shares {
     // what a thread needs for a block
     int64_t scratch() const {
         const int64_t group = a.heads / a.kv_heads, rows = up(Block<T, D>::tokens(group) * group, ROWS);
-        return up(rows * (3 * D + 2 * KEYS + 2), W);
+        return up(rows * (3 * D + 2 * PITCH + 2), W);
     }
 };
 
@@ -260,8 +266,8 @@ void backward_block(
 ) {
     const int64_t width = up(a.lengths[block.sequence], WIDTH), seen = up(block.first + block.count, WIDTH);
     float *queries = memory, *grads = queries + block.padded * D, *sums = grads + block.padded * D;
-    float *weights = sums + block.padded * D, *slopes = weights + block.padded * KEYS;
-    float* delta = slopes + block.padded * KEYS;
+    float *weights = sums + block.padded * D, *slopes = weights + block.padded * PITCH;
+    float* delta = slopes + block.padded * PITCH;
     block.queries(a, queries);
     std::memset(grads + block.rows * D, 0, (block.padded - block.rows) * D * sizeof(float));
     std::memset(sums, 0, block.padded * D * sizeof(float));
@@ -277,10 +283,10 @@ void backward_block(
     }
     for (int64_t first = 0; first < seen; first += KEYS) {
         const int64_t columns = std::min(KEYS, seen - first);
-        multiply<false, D, 1>(queries, keys_t + first, width, weights, KEYS, block.padded, columns, D);
-        multiply<false, D, 1>(grads, values_t + first, width, slopes, KEYS, block.padded, columns, D);
+        multiply<false, D, 1>(queries, keys_t + first * D, WIDTH, D * WIDTH, weights, PITCH, block.padded, columns, D);
+        multiply<false, D, 1>(grads, values_t + first * D, WIDTH, D * WIDTH, slopes, PITCH, block.padded, columns, D);
         for (int64_t row = 0; row < block.rows; row++) {
-            float *mine = weights + row * KEYS, *slope = slopes + row * KEYS;
+            float *mine = weights + row * PITCH, *slope = slopes + row * PITCH;
             cut(mine, block.token(a, row), first, columns);
             const float norm = a.log_sums[block.place(a, row)];
             for (int64_t n = 0; n < columns; n += W) {
@@ -290,9 +296,10 @@ void backward_block(
                 std::memcpy(slope + n, &x, sizeof x);
             }
         }
-        multiply<true, 1, KEYS>(weights, grads, D, grad_v + first * D, D, columns, D, block.rows);
-        multiply<true, 1, KEYS>(slopes, queries, D, grad_k + first * D, D, columns, D, block.rows);
-        multiply<true, KEYS, 1>(slopes, keys + first * D, D, sums, D, block.padded, D, columns);
+        multiply<true, 1, PITCH>(weights, grads, D, WIDTH, grad_v + first * D, D, columns, D, block.rows);
+        multiply<true, 1, PITCH>(slopes, queries, D, WIDTH, grad_k + first * D, D, columns, D, block.rows);
+        const float* seen_keys = keys + first * WIDTH;
+        multiply<true, PITCH, 1>(slopes, seen_keys, WIDTH, width * WIDTH, sums, D, block.padded, D, columns);
     }
     for (int64_t row = 0; row < block.rows; row++)
         narrow<T, D>(sums + row * D, a.grad_q + block.place(a, row) * D, 1 / std::sqrt(float(D)));
