@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from lit_palm.models import PaLM, PaLMConfig, matrices
 from lit_palm.models import decoding as module
@@ -164,6 +165,22 @@ def test_eight_bits_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torchao.quantization", None)
     with pytest.raises(ValueError, match=r"int8.*pip install lit-palm\[int8\]"):
         decoding_form(build(), Decoding("int8"))
+
+
+@torch.no_grad()
+def test_compiled_steps_share_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever slot of the cache they write, and however many rows there are."""
+    counter = CompileCounter()
+    compiled = torch.compile(module._run, dynamic=True, backend=counter)
+    monkeypatch.setattr(module, "_compiled", lambda: compiled)
+    network = build()
+    decode = decoding_form(network, Decoding(compile=True))
+    for rows in (2, 3):
+        cache = network.new_cache(rows, 40)
+        decode(torch.ones(rows, 5, dtype=torch.long), cache=cache, head=last_logits)
+        for _ in range(15):
+            decode(torch.ones(rows, 1, dtype=torch.long), cache=cache, head=last_logits)
+    assert 1 <= counter.frame_count <= 2
 
 
 class Listening(PaLM):
