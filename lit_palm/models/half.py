@@ -122,8 +122,8 @@ def attend_at_once(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], drop
     dtype = product_type(q)
     if not pays(q, k, dtype, dropout):
         return None
-    flat = (t.to(dtype).flatten(0, 1) for t in (q, k, v))
-    return causal_attention(*flat, lengths).view(q.shape)
+    flat = [t.to(dtype).flatten(0, 1) for t in (q, k, v)]
+    return causal_attention(flat[0], flat[1], flat[2], lengths).view(q.shape)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
@@ -136,8 +136,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, **opt
     # what is compiled by torch is so for any number of rows, and asks for none here
     plain = bias is None and bool(options.get("is_causal")) and not torch.compiler.is_compiling()
     if plain and q.shape[2] == k.shape[2]:
-        rows = (t.transpose(1, 2) for t in (q, k, v))
-        if (attended := attend_at_once(*rows, [q.shape[2]] * len(q), options.get("dropout_p", 0.0))) is not None:
+        rows, dropout = [t.transpose(1, 2) for t in (q, k, v)], options.get("dropout_p", 0.0)
+        attended = attend_at_once(rows[0], rows[1], rows[2], [q.shape[2]] * len(q), dropout)
+        if attended is not None:
             return attended.transpose(1, 2)
     if not wide:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, **options)
