@@ -210,7 +210,10 @@ class _PaLMDecoder:
         x = F.embedding(tokens[:, 0], trunk.embedding.weight).to(self.dtype)
         start, place = cache.start, cache.start + cache.length
         if self.native is not None:
-            x = _run_native(self.native, self.layers, x, rope, bias, cache.layers, start, place)
+            between = self.native.begin(x, rope, bias, start, place)
+            for layer, slots in zip(self.layers, cache.layers, strict=True):
+                normed = F.layer_norm(x, x.shape[1:], layer.norm, None, layer.eps)
+                x = _add(layer, between(layer.entry(normed), *slots), x)
         else:
             bias = None if bias is None else bias[:, None, None]
             x = run(self.shape, self.layers, x, rope, bias, cache.layers, start, place)
@@ -252,24 +255,6 @@ def _run(
         seen = keys[:, :, start : place + 1], values[:, :, start : place + 1]
         attended = F.scaled_dot_product_attention(q, *seen, attn_mask=bias).reshape(len(x), -1)
         x = _leave(layer, attended, gate, up, x)
-    return x
-
-
-def _run_native(
-    native: NativeStep,
-    layers: list[_Layer],
-    x: Tensor,
-    rope: list[Tensor],
-    bias: Tensor | None,
-    slots: list[tuple[Tensor, Tensor]],
-    start: int,
-    place: int,
-) -> Tensor:
-    """`_run` in fewer operations; bias is [B, S]."""
-    between = native.begin(x, rope, bias, start, place)
-    for layer, (keys, values) in zip(layers, slots, strict=True):
-        inner = between(layer.entry(F.layer_norm(x, x.shape[1:], layer.norm, None, layer.eps)), keys, values)
-        x = _add(layer, inner, x)
     return x
 
 

@@ -1,8 +1,10 @@
-"""`decoding.cpp` for a block's step: all that lies between its two matrix products, in one pass.
+"""`native/decoding.cpp` for a block's step: all that lies between its two matrix products, in one pass.
 
-step = NativeStep.of(sizes...)                 # None where it cannot be had
-row = step.begin(x_BD, rope, bias_BS, start, place)
-out_BI = row(fused_BO, keys, values)           # attended heads and SwiGLU, side by side
+    step = NativeStep.of(dtype, heads, kv_heads, head_dim, inner)    # None where it cannot be had
+    between = step.begin(x_BD, rope, bias_BS, start, place)
+    out_BI = between(fused_BO, keys, values)                         # attended heads and SwiGLU, side by side
+
+What a step passes on are addresses: tensors stay where they are.
 """
 
 from __future__ import annotations

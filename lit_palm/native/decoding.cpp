@@ -121,8 +121,6 @@ void attend(const Step<T>& s, int64_t row, int64_t shared, int64_t head, float* 
     }
 }
 
-inline Floats silu(Floats x) { return x / (exponential(-x) + 1.0f); }
-
 template <typename T, int D>
 void run(const Step<T>& s) {
     constexpr int PIECE = 16 * W;
@@ -145,7 +143,7 @@ void run(const Step<T>& s) {
             T* out = s.out + row * (s.heads * D + s.inner) + s.heads * D;
             for (int64_t i = first; i < first + PIECE && i < s.inner; i += 2 * W) {
                 const Pair x = load(gate + i), y = load(up + i);
-                store(out + i, {silu(x.first) * y.first, silu(x.second) * y.second});
+                store(out + i, {x.first * sigmoid(x.first) * y.first, x.second * sigmoid(x.second) * y.second});
             }
         }
     }

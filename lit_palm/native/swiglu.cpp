@@ -14,8 +14,6 @@ struct Swiglu {
     int64_t rows, width, inner;
 };
 
-inline Floats sigmoid(Floats x) { return 1.0f / (exponential(-x) + 1.0f); }
-
 template <typename T>
 void run(const Swiglu<T>& s) {
 #pragma omp parallel for schedule(static) if (s.rows * s.inner > 16384)

@@ -95,6 +95,8 @@ inline Floats exponential(Floats x) {
     return x > 88.0f ? Floats{} + std::numeric_limits<float>::infinity() : y;
 }
 
+inline Floats sigmoid(Floats x) { return 1.0f / (exponential(-x) + 1.0f); }
+
 inline float sum(Floats x) {
     float total = 0;
     for (int i = 0; i < W; i++) total += x[i];
