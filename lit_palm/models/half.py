@@ -57,8 +57,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     kind, dtype = x.device.type, product_type(x)
     fits = torch.is_autocast_enabled(kind) or dtype == weight.dtype  # else torch says what is wrong
     if not (fits and widens(x, dtype) and widens(weight, dtype)) or x.numel() < FEWEST * x.shape[-1]:
-        if fits and dtype is torch.float32 and quick(x) and quick(weight):
-            return large_linear(x, weight)
+        if fits and quick(x, weight, dtype):
+            return large_linear(x, weight, dtype)
         return thin_linear(x, weight)
     # cast out here, where autograd casts back
     rows = x.to(dtype).reshape(-1, x.shape[-1])

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lit_palm.models.hardware import multiplies
 from lit_palm.models.kernels import thin_linear
-from lit_palm.models.products import multiplies_quickly, pack, packed_product, packs
+from lit_palm.models.packed import multiplies_quickly, pack, packed_product, packs
 
 __all__ = ["Matrix", "Weights"]
 

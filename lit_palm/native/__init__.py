@@ -18,26 +18,33 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lit_palm.folders import cache_folder
 
-__all__ = ["compiled", "find_compiler"]
+__all__ = ["compiled", "find_compiler", "processor"]
 
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-Wno-psabi")
-VECTORS = {
-    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
-    "AVX2": ("-mavx2", "-mfma"),
-}
-"""Flags by what torch calls the processor; for others nothing is compiled, since nobody has measured what it gives."""
+WIDE = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512")
+VECTORS = {"AVX512_BF16": (*WIDE, "-mavx512bf16"), "AVX512": WIDE, "AVX2": ("-mavx2", "-mfma")}
+"""Flags by processor; for others nothing is compiled, since nobody has measured what it gives."""
+
+
+def processor() -> str:
+    """What torch takes this one for, and whether it has AVX-512's products of bfloat16 numbers."""
+    name: str = torch.backends.cpu.get_cpu_capability()
+    able: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return f"{name}_BF16" if name == "AVX512" and able.get("avx512_bf16") else name
 
 
 def find_compiler() -> str | None:
     """$CXX, g++ or clang++; None where there is none, for other processors, or where threads would not be torch's."""
-    if sys.platform != "linux" or torch.backends.cpu.get_cpu_capability() not in VECTORS:
+    if sys.platform != "linux" or processor() not in VECTORS:
         return None
     for name in (os.environ.get("CXX"), "g++", "clang++"):
         found = shutil.which(name) if name else None
@@ -60,7 +67,7 @@ def compiled(name: str) -> ctypes.CDLL | None:
     if compiler is None:
         return None
     source = Path(__file__).parent / name
-    command = [compiler, *FLAGS, *VECTORS[torch.backends.cpu.get_cpu_capability()], str(source)]
+    command = [compiler, *FLAGS, *VECTORS[processor()], str(source)]
     texts = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
     key = hashlib.sha256(repr((command[:-1], texts)).encode()).hexdigest()[:32]
     place = cache_folder() / "native" / f"{source.stem}-{key}.so"

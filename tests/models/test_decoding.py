@@ -20,7 +20,7 @@ from lit_palm.models import PaLM, PaLMConfig, matrices
 from lit_palm.models import decoding as module
 from lit_palm.models.decoding import Decoding, decoding_form
 from lit_palm.models.kernels import last_logits
-from lit_palm.models.products import packs
+from lit_palm.models.packed import packs
 from lit_palm.rollout.continuous_engine import ContinuousEngine
 from lit_palm.rollout.engine import CachedEngine
 from lit_palm.rollout.sampling import Sampling, row_seeds

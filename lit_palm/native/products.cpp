@@ -1,0 +1,356 @@
+// Matrix products of float32 or bfloat16 numbers with sums in float32, for processors with AVX-512. See
+// models/products.py.
+//
+// All three products of a layer are C = A B of other views of the same matrices. B is packed into panels of 64 columns,
+// A is read as it lies where its rows do, and packed where its columns do; one tile of 6 rows and 64 columns is summed
+// in registers (Goto and van de Geijn 2008). What is packed are units of 32 bits: a float32 number, or two bfloat16
+// numbers that follow each other in the direction of the sum, of which one instruction adds both products.
+//
+// The order of a sum depends on its length alone, not on threads or on the other rows.
+
+#ifdef __AVX512F__
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own header begins from registers as they are
+#endif
+
+#include <immintrin.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int ROWS = 6, COLUMNS = 64;  // of a tile
+constexpr int BLOCK = 96;              // rows that a thread takes at a time, at most
+// Units that are summed at a time, of A as it lies and packed: so many of a panel keep to the L2 cache
+constexpr int64_t DEPTH = 512, PACKED_DEPTH = 1024;
+constexpr int64_t PITCH = PACKED_DEPTH * ROWS + 16;  // from a packed tile to the next: packing writes past its end
+constexpr int64_t LIMIT = int64_t(8) << 20;          // units of B that are packed at a time
+
+template <typename T>
+constexpr int PER = 4 / sizeof(T);  // numbers of a unit
+
+struct Free {
+    void operator()(uint32_t* memory) const { std::free(memory); }
+};
+
+inline std::unique_ptr<uint32_t, Free> units(int64_t count) {
+    auto* memory = static_cast<uint32_t*>(std::aligned_alloc(64, (count * 4 + 63) / 64 * 64));
+    if (!memory) throw std::bad_alloc();
+    return std::unique_ptr<uint32_t, Free>(memory);
+}
+
+inline int64_t pieces(int64_t x, int64_t of) { return (x + of - 1) / of; }
+
+inline __mmask16 first(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
+
+struct Product {
+    const void* a;  // [m, k]
+    const void* b;  // [k, n]
+    void* c;        // [m, n]
+    int64_t m, n, k;
+    int64_t a_row, b_row, c_row;     // numbers from one row in memory to the next, of A and B either way round
+    int64_t a_turned, b_turned;      // their columns are what is rows in memory
+    int64_t b_wide, c_wide;          // they are float32, whatever A is
+};
+
+// 16 numbers of a row as the halves of units
+inline __m512i halves(const bfloat16* from, __mmask16 mask) {
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
+}
+
+#ifdef __AVX512BF16__
+inline __m512i halves(const float* from, __mmask16 mask) {
+    return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, from)));
+}
+#endif
+
+// The units of 16 columns, summed over rows in memory
+template <typename T, typename S>
+inline __m512i across(const S* from, int64_t row, bool second, __mmask16 mask) {
+    if constexpr (PER<T> == 1)
+        return _mm512_maskz_loadu_epi32(mask, from);
+    else
+        return halves(from, mask) | (second ? _mm512_slli_epi32(halves(from + row, mask), 16) : __m512i{});
+}
+
+// 16 units of a row, summed along it
+template <typename T, typename S>
+inline __m512i along(const S* from, int64_t count) {
+    if constexpr (sizeof(T) == sizeof(S))
+        return _mm512_maskz_loadu_epi32(first(count), from);
+#ifdef __AVX512BF16__
+    else
+        return (__m512i)_mm512_cvtne2ps_pbh(
+            _mm512_maskz_loadu_ps(first(2 * count - 16), from + 16), _mm512_maskz_loadu_ps(first(2 * count), from)
+        );
+#endif
+}
+
+// 16 rows of 16 units turned into columns
+inline void turn(__m512i (&x)[16]) {
+    __m512i y[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        y[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
+        y[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            x[4 * i + 2 * j] = _mm512_unpacklo_epi64(y[4 * i + j], y[4 * i + j + 2]);
+            x[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(y[4 * i + j], y[4 * i + j + 2]);
+        }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        y[j] = _mm512_shuffle_i32x4(x[j], x[4 + j], 0x88);
+        y[4 + j] = _mm512_shuffle_i32x4(x[j], x[4 + j], 0xdd);
+        y[8 + j] = _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0x88);
+        y[12 + j] = _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        x[j] = _mm512_shuffle_i32x4(y[j], y[8 + j], 0x88);
+        x[8 + j] = _mm512_shuffle_i32x4(y[j], y[8 + j], 0xdd);
+        x[4 + j] = _mm512_shuffle_i32x4(y[4 + j], y[12 + j], 0x88);
+        x[12 + j] = _mm512_shuffle_i32x4(y[4 + j], y[12 + j], 0xdd);
+    }
+}
+
+// Units [from, to) of the panel of B that begins at a column, to `panel` [to - from, COLUMNS]
+template <typename T, typename S>
+void pack(const Product& p, int64_t column, int64_t from, int64_t to, uint32_t* panel) {
+    const S* b = static_cast<const S*>(p.b);
+    if (!p.b_turned) {
+        for (int64_t u = from; u < to; u++, panel += COLUMNS)
+            for (int j = 0; j < COLUMNS; j += 16)
+                _mm512_store_si512(
+                    panel + j, across<T>(b + u * PER<T> * p.b_row + column + j, p.b_row, u * PER<T> + 1 < p.k,
+                                         first(p.n - column - j))
+                );
+        return;
+    }
+    for (int j = 0; j < COLUMNS; j += 16)
+        for (int64_t u = from; u < to; u += 16) {
+            __m512i x[16];
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; i++)
+                x[i] = column + j + i < p.n ? along<T>(b + (column + j + i) * p.b_row + u * PER<T>, to - u) : __m512i{};
+            turn(x);
+            uint32_t* out = panel + (u - from) * COLUMNS + j;
+            const int64_t count = std::min<int64_t>(16, to - u);
+            for (int i = 0; i < count; i++) _mm512_store_si512(out + i * COLUMNS, x[i]);
+        }
+}
+
+// Units [from, to) of the rows of A from `row` on, which are columns in memory: tiles [to - from, ROWS]
+template <typename T>
+void pack_rows(const Product& p, int64_t row, int64_t rows, int64_t from, int64_t to, uint32_t* tiles) {
+    const T* a = static_cast<const T*>(p.a);
+    // 3 vectors are 8 tiles
+    const __m512i count = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512i at[8];
+    for (int t = 0; t < 8; t++) at[t] = _mm512_and_si512(_mm512_add_epi32(count, _mm512_set1_epi32(6 * t)), _mm512_set1_epi32(31));
+    for (int64_t u = from; u < to; u++)
+        for (int64_t i = 0; i < rows; i += 48) {
+            const T* at_row = a + u * PER<T> * p.a_row + row + i;
+            __m512i x[3];
+#pragma GCC unroll 3
+            for (int j = 0; j < 3; j++)
+                x[j] = across<T>(at_row + 16 * j, p.a_row, u * PER<T> + 1 < p.k, first(rows - i - 16 * j));
+            uint32_t* to_tile = tiles + i / ROWS * PITCH + (u - from) * ROWS;
+            // what is written past the 6 units is written again with the next ones
+#pragma GCC unroll 8
+            for (int t = 0; t < 8; t++) {
+                const int v = 6 * t / 16;  // the indices go on in the second of two vectors, and into the first again
+                const __m512i low = v == 1 ? x[2] : x[0], high = x[1];
+                _mm512_storeu_si512(to_tile + t * PITCH, v == 2 ? _mm512_permutexvar_epi32(at[t], x[2]) : _mm512_permutex2var_epi32(low, at[t], high));
+            }
+        }
+}
+
+inline __m512 add_products(__m512 sum, __m512i a, __m512i b, const float*) {
+    return _mm512_fmadd_ps((__m512)a, (__m512)b, sum);
+}
+
+#ifdef __AVX512BF16__
+inline __m512 add_products(__m512 sum, __m512i a, __m512i b, const bfloat16*) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+#endif
+
+struct Tile {
+    const uint32_t* a;
+    int64_t a_row;  // units from one row to the next
+    const uint32_t* b;
+    int64_t depth;
+    const float* add;  // [R, COLUMNS] to be added, or null
+    int64_t add_row;
+    void* to;
+    int64_t to_row;
+    int64_t columns;  // that are written
+    bool wide;        // as float32
+};
+
+// R rows of a tile; the next unit of a row of A lies STEP units further
+template <typename T, int R, int STEP>
+void sum_up(const Tile& t) {
+    const uint32_t *a = t.a, *b = t.b;
+    __m512 sums[R][4];
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = sums[r][2] = sums[r][3] = _mm512_setzero_ps();
+    const uint32_t* rows[R];
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++) rows[r] = a + r * t.a_row;
+    // by the time that the sums are there, so is the memory that they go to
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++)
+        for (int j = 0; j < COLUMNS; j += t.wide ? 16 : 32)
+            __builtin_prefetch((char*)t.to + (r * t.to_row + j) * (t.wide ? 4 : 2), 1);
+    for (int64_t u = 0; u < t.depth; u++, b += COLUMNS) {
+        const __m512i x0 = _mm512_load_si512(b), x1 = _mm512_load_si512(b + 16), x2 = _mm512_load_si512(b + 32),
+                      x3 = _mm512_load_si512(b + 48);
+#pragma GCC unroll 6
+        for (int r = 0; r < R; r++) {
+            const __m512i y = _mm512_set1_epi32(rows[r][u * STEP]);
+            sums[r][0] = add_products(sums[r][0], y, x0, (const T*)nullptr);
+            sums[r][1] = add_products(sums[r][1], y, x1, (const T*)nullptr);
+            sums[r][2] = add_products(sums[r][2], y, x2, (const T*)nullptr);
+            sums[r][3] = add_products(sums[r][3], y, x3, (const T*)nullptr);
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            const __mmask16 mask = first(t.columns - 16 * j);
+            __m512 x = sums[r][j];
+            if (t.add) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(mask, t.add + r * t.add_row + 16 * j));
+            if (t.wide)
+                _mm512_mask_storeu_ps((float*)t.to + r * t.to_row + 16 * j, mask, x);
+#ifdef __AVX512BF16__
+            else
+                _mm256_mask_storeu_epi16((bfloat16*)t.to + r * t.to_row + 16 * j, mask, (__m256i)_mm512_cvtneps_pbh(x));
+#endif
+        }
+}
+
+template <typename T, int STEP>
+void sum_up(const Tile& t, int64_t rows) {
+    switch (rows) {
+        case 1: return sum_up<T, 1, STEP>(t);
+        case 2: return sum_up<T, 2, STEP>(t);
+        case 3: return sum_up<T, 3, STEP>(t);
+        case 4: return sum_up<T, 4, STEP>(t);
+        case 5: return sum_up<T, 5, STEP>(t);
+        default: return sum_up<T, 6, STEP>(t);
+    }
+}
+
+// A's rows as they lie: of B as many columns as may be packed at a time, for all of the sum
+template <typename T, typename S>
+void by_rows(const Product& p) {
+    const int64_t all = pieces(p.k, PER<T>);
+    const int64_t width = std::max<int64_t>(1, std::min(pieces(p.n, COLUMNS), LIMIT / (all * COLUMNS)));  // in panels
+    const int64_t rows = std::clamp<int64_t>(LIMIT / 128 / all / ROWS * ROWS, 2 * ROWS, BLOCK);
+    const auto packed = units(width * all * COLUMNS);
+    for (int64_t start = 0; start < p.n; start += width * COLUMNS) {
+        const int64_t panels = std::min(width, pieces(p.n - start, COLUMNS)), depths = pieces(all, DEPTH);
+        const int64_t blocks = pieces(p.m, rows);
+        const int64_t groups = std::min(panels, pieces(8 * omp_get_max_threads(), blocks)), group = pieces(panels, groups);
+#pragma omp parallel
+        {
+#pragma omp for schedule(dynamic)
+            for (int64_t i = 0; i < panels * depths; i++) {
+                const int64_t panel = i / depths, from = i % depths * DEPTH;
+                pack<T, S>(p, start + panel * COLUMNS, from, std::min(all, from + DEPTH),
+                           packed.get() + (panel * all + from) * COLUMNS);
+            }
+#pragma omp for schedule(dynamic)
+            for (int64_t i = 0; i < blocks * groups; i++) {
+                const int64_t row = i / groups * rows, end = std::min(p.m, row + rows);
+                const int64_t last = std::min(panels, (i % groups + 1) * group);
+                alignas(64) float partial[BLOCK * COLUMNS];
+                for (int64_t panel = i % groups * group; panel < last; panel++)
+                    for (int64_t from = 0; from < all; from += DEPTH)
+                        for (int64_t r = row; r < end; r += ROWS) {
+                            const int64_t column = start + panel * COLUMNS, at = r * p.c_row + column;
+                            const bool done = from + DEPTH >= all;
+                            float* const sums = partial + (r - row) * COLUMNS;
+                            void* const to = p.c_wide ? (void*)((float*)p.c + at) : (void*)((T*)p.c + at);
+                            sum_up<T, 1>(
+                                {(const uint32_t*)p.a + (r * p.a_row) / PER<T> + from, p.a_row / PER<T>,
+                                 packed.get() + (panel * all + from) * COLUMNS, std::min(DEPTH, all - from),
+                                 from ? sums : nullptr, COLUMNS, done ? to : sums, done ? p.c_row : COLUMNS,
+                                 done ? p.n - column : COLUMNS, !done || p.c_wide},
+                                std::min<int64_t>(ROWS, end - r)
+                            );
+                        }
+            }
+        }
+    }
+}
+
+// A's rows are columns in memory, and C is float32: a part of the sum at a time, added to C
+template <typename T>
+void by_columns(const Product& p) {
+    const int64_t all = pieces(p.k, PER<T>), step = std::min(all, PACKED_DEPTH);
+    const int64_t width = std::max<int64_t>(1, std::min(pieces(p.n, COLUMNS), LIMIT / 4 / (step * COLUMNS)));
+    const auto packed = units(width * step * COLUMNS);
+    for (int64_t start = 0; start < p.n; start += width * COLUMNS) {
+        const int64_t panels = std::min(width, pieces(p.n - start, COLUMNS)), blocks = pieces(p.m, BLOCK);
+        // few panels would not pay for packing the rows that they are multiplied with
+        const int64_t groups = std::min(pieces(panels, 4), pieces(8 * omp_get_max_threads(), blocks));
+        const int64_t group = pieces(panels, groups);
+#pragma omp parallel
+        {
+            const auto tiles = units(BLOCK / ROWS * PITCH + 16);
+            for (int64_t from = 0; from < all; from += PACKED_DEPTH) {
+                const int64_t to = std::min(all, from + PACKED_DEPTH);
+#pragma omp for schedule(dynamic)
+                for (int64_t panel = 0; panel < panels; panel++)
+                    pack<T, T>(p, start + panel * COLUMNS, from, to, packed.get() + panel * step * COLUMNS);
+#pragma omp for schedule(dynamic)
+                for (int64_t i = 0; i < blocks * groups; i++) {
+                    const int64_t row = i / groups * BLOCK, rows = std::min<int64_t>(BLOCK, p.m - row);
+                    const int64_t last = std::min(panels, (i % groups + 1) * group);
+                    pack_rows<T>(p, row, rows, from, to, tiles.get());
+                    for (int64_t panel = i % groups * group; panel < last; panel++)
+                        for (int64_t r = 0; r < rows; r += ROWS) {
+                            const int64_t column = start + panel * COLUMNS;
+                            float* const c = (float*)p.c + (row + r) * p.c_row + column;
+                            sum_up<T, ROWS>(
+                                {tiles.get() + r / ROWS * PITCH, 1, packed.get() + panel * step * COLUMNS, to - from,
+                                 from ? c : nullptr, p.c_row, c, p.c_row, p.n - column, true},
+                                std::min<int64_t>(ROWS, rows - r)
+                            );
+                        }
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" void product_float32(const void* given) {
+    const auto& p = *static_cast<const Product*>(given);
+    p.a_turned ? by_columns<float>(p) : by_rows<float, float>(p);
+}
+
+#ifdef __AVX512BF16__
+extern "C" void product_bfloat16(const void* given) {
+    const auto& p = *static_cast<const Product*>(given);
+    if (p.a_turned) return by_columns<bfloat16>(p);
+    p.b_wide ? by_rows<bfloat16, float>(p) : by_rows<bfloat16, bfloat16>(p);
+}
+#endif
+
+#endif
