@@ -277,12 +277,12 @@ def _split(shape: _Shape, layer: _Layer, fused: Tensor, rope: list[Tensor]) -> t
     qk, v = qk.view(len(qk), -1, shape.head_dim), v.view(len(v), -1, shape.head_dim)
     heads = shape.num_heads, shape.num_kv_heads
     if layer.q_norm is None and layer.k_norm is None and not shape.xpos:
-        q, k = rotate(qk, *rope).split_with_sizes(heads, 1)
+        q, k = rotate(qk, rope, heads)
     else:
         q, k = qk.split_with_sizes(heads, 1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = layer.q_norm(q), layer.k_norm(k)
-        q, k = rotate(q, *rope[:2]), rotate(k, *rope[-2:])
+        (q,), (k,) = rotate(q, rope[:2]), rotate(k, rope[-2:])
     return q, k, v, gate, up
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_palm.models.half import linear
+from lit_palm.models.rope_native import rotate_parts, rotates
 from lit_palm.models.weights import local
 
 __all__ = ["Linear", "Norm", "QKNorm", "rotate"]
@@ -53,7 +56,19 @@ class QKNorm(nn.Module):
         return normed * (weight if self.head is None else weight[self.head])
 
 
-def rotate(x_BTHDh: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply RoPE to pairs (i, i + Dh/2) of every head; `sin` carries the minus sign of the first half."""
+def rotate(x: Tensor, rope: Sequence[Tensor], sizes: tuple[int, ...] | None = None) -> tuple[Tensor, ...]:
+    """Apply RoPE to pairs (i, i + Dh/2) of every head of x [..., H, Dh], and split the heads into parts.
+
+    Args:
+        x: of any type.
+        rope: cosines and sines, float32 or wider, that are broadcast against x; the sines of a pair's first half with
+            a minus sign.
+        sizes: how many heads there are to be in each part; None: all in one.
+    """
+    cos, sin = rope
+    sizes = sizes or (x.shape[-2],)
+    if rotates(x, cos):
+        return rotate_parts(x, cos, sin, sizes)
     # the tables are float32 (or wider): a bfloat16 product would lose the phase of distant positions
-    return torch.addcmul(x_BTHDh * cos, x_BTHDh.roll(x_BTHDh.shape[-1] // 2, -1), sin).to(x_BTHDh.dtype)
+    rotated = torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+    return rotated.split_with_sizes(sizes, -2)

@@ -193,7 +193,7 @@ class Block(nn.Module):
         kv = linear(self.norm(rest), self.attn_ffn_in.weight[first : first + 2 * width])
         more = kv.view(1, rest.shape[1], 2, self.num_kv_heads, self.head_dim).unbind(2)
         normed = more[0] if self.k_norm is None else self.k_norm(more[0])
-        k = torch.cat((k, rotate(normed, *(t[:, read:] for t in rope[-2:]))), 1)
+        k = torch.cat((k, *rotate(normed, [t[:, read:] for t in rope[-2:]])), 1)
         v = torch.cat((v.view(1, read, -1, self.head_dim), more[1]), 1)
         return self.add(x, self.attend(q, k, v, sequences, None), hidden)
 
@@ -221,12 +221,13 @@ class Block(nn.Module):
     def queries_and_keys(self, qk: Tensor, rope: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Split [B, T, H+K, Dh], normalise and rotate; one pass over both when they are treated alike."""
         if self.q_norm is None and not self.xpos:
-            q, k = rotate(qk, *rope).split_with_sizes((self.num_heads, self.num_kv_heads), 2)
+            q, k = rotate(qk, rope, (self.num_heads, self.num_kv_heads))
             return q, k
         q, k = qk.split((self.num_heads, self.num_kv_heads), 2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, *rope[:2]), rotate(k, *rope[-2:])
+        (q,), (k,) = rotate(q, rope[:2]), rotate(k, rope[-2:])
+        return q, k
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Seen, cache: PaLMCache | None) -> Tensor:
         """Attention of q [B, T, H, Dh] over k and v [B, T, K, Dh], with the cache's before them: [B, T, H * Dh]."""

@@ -10,11 +10,6 @@
 
 #ifdef __AVX512F__
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own header begins from registers as they are
-#endif
-
-#include <immintrin.h>
 #include <omp.h>
 
 #include <algorithm>
@@ -22,7 +17,7 @@
 #include <memory>
 #include <new>
 
-#include "vectors.h"
+#include "units.h"
 
 namespace {
 
@@ -33,18 +28,17 @@ constexpr int64_t DEPTH = 512, PACKED_DEPTH = 1024;
 constexpr int64_t PITCH = PACKED_DEPTH * ROWS + 16;  // from a packed tile to the next: packing writes past its end
 constexpr int64_t LIMIT = int64_t(8) << 20;          // units of B that are packed at a time
 
-template <typename T>
-constexpr int PER = 4 / sizeof(T);  // numbers of a unit
-
 struct Free {
-    void operator()(uint32_t* memory) const { std::free(memory); }
+    void operator()(float* memory) const { std::free(memory); }
 };
 
-inline std::unique_ptr<uint32_t, Free> units(int64_t count) {
-    auto* memory = static_cast<uint32_t*>(std::aligned_alloc(64, (count * 4 + 63) / 64 * 64));
+inline std::unique_ptr<float, Free> units(int64_t count) {
+    auto* memory = static_cast<float*>(std::aligned_alloc(64, (count * 4 + 63) / 64 * 64));
     if (!memory) throw std::bad_alloc();
-    return std::unique_ptr<uint32_t, Free>(memory);
+    return std::unique_ptr<float, Free>(memory);
 }
+
+inline void put(float* to, __m512i x) { std::memcpy(to, &x, sizeof x); }
 
 inline int64_t pieces(int64_t x, int64_t of) { return (x + of - 1) / of; }
 
@@ -60,37 +54,29 @@ struct Product {
     int64_t b_wide, c_wide;          // they are float32, whatever A is
 };
 
-// 16 numbers of a row as the halves of units
-inline __m512i halves(const bfloat16* from, __mmask16 mask) {
-    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
-}
-
-#ifdef __AVX512BF16__
-inline __m512i halves(const float* from, __mmask16 mask) {
-    return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, from)));
-}
-#endif
-
 // The units of 16 columns, summed over rows in memory
 template <typename T, typename S>
-inline __m512i across(const S* from, int64_t row, bool second, __mmask16 mask) {
-    if constexpr (PER<T> == 1)
-        return _mm512_maskz_loadu_epi32(mask, from);
+inline __m512i across(const S* from, [[maybe_unused]] int64_t row, [[maybe_unused]] bool second, __mmask16 mask) {
+#ifdef __AVX512BF16__
+    if constexpr (PER<T> == 2)
+        return (__m512i)over(halves(from, mask), second ? halves(from + row, mask) : Ints{});
     else
-        return halves(from, mask) | (second ? _mm512_slli_epi32(halves(from + row, mask), 16) : __m512i{});
+#endif
+        return _mm512_maskz_loadu_epi32(mask, from);
 }
 
 // 16 units of a row, summed along it
 template <typename T, typename S>
 inline __m512i along(const S* from, int64_t count) {
-    if constexpr (sizeof(T) == sizeof(S))
-        return _mm512_maskz_loadu_epi32(first(count), from);
 #ifdef __AVX512BF16__
-    else
-        return (__m512i)_mm512_cvtne2ps_pbh(
-            _mm512_maskz_loadu_ps(first(2 * count - 16), from + 16), _mm512_maskz_loadu_ps(first(2 * count), from)
+    if constexpr (sizeof(T) != sizeof(S))
+        return (__m512i)behind(
+            (Floats)_mm512_maskz_loadu_ps(first(2 * count), from),
+            (Floats)_mm512_maskz_loadu_ps(first(2 * count - 16), from + 16)
         );
+    else
 #endif
+        return _mm512_maskz_loadu_epi32(first(count), from);
 }
 
 // 16 rows of 16 units turned into columns
@@ -126,15 +112,13 @@ inline void turn(__m512i (&x)[16]) {
 
 // Units [from, to) of the panel of B that begins at a column, to `panel` [to - from, COLUMNS]
 template <typename T, typename S>
-void pack(const Product& p, int64_t column, int64_t from, int64_t to, uint32_t* panel) {
+void pack(const Product& p, int64_t column, int64_t from, int64_t to, float* panel) {
     const S* b = static_cast<const S*>(p.b);
     if (!p.b_turned) {
         for (int64_t u = from; u < to; u++, panel += COLUMNS)
             for (int j = 0; j < COLUMNS; j += 16)
-                _mm512_store_si512(
-                    panel + j, across<T>(b + u * PER<T> * p.b_row + column + j, p.b_row, u * PER<T> + 1 < p.k,
-                                         first(p.n - column - j))
-                );
+                put(panel + j, across<T>(b + u * PER<T> * p.b_row + column + j, p.b_row, u * PER<T> + 1 < p.k,
+                                         first(p.n - column - j)));
         return;
     }
     for (int j = 0; j < COLUMNS; j += 16)
@@ -144,20 +128,20 @@ void pack(const Product& p, int64_t column, int64_t from, int64_t to, uint32_t* 
             for (int i = 0; i < 16; i++)
                 x[i] = column + j + i < p.n ? along<T>(b + (column + j + i) * p.b_row + u * PER<T>, to - u) : __m512i{};
             turn(x);
-            uint32_t* out = panel + (u - from) * COLUMNS + j;
+            float* out = panel + (u - from) * COLUMNS + j;
             const int64_t count = std::min<int64_t>(16, to - u);
-            for (int i = 0; i < count; i++) _mm512_store_si512(out + i * COLUMNS, x[i]);
+            for (int i = 0; i < count; i++) put(out + i * COLUMNS, x[i]);
         }
 }
 
 // Units [from, to) of the rows of A from `row` on, which are columns in memory: tiles [to - from, ROWS]
 template <typename T>
-void pack_rows(const Product& p, int64_t row, int64_t rows, int64_t from, int64_t to, uint32_t* tiles) {
+void pack_rows(const Product& p, int64_t row, int64_t rows, int64_t from, int64_t to, float* tiles) {
     const T* a = static_cast<const T*>(p.a);
-    // 3 vectors are 8 tiles
+    // the units of 3 vectors are those of 8 tiles
     const __m512i count = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     __m512i at[8];
-    for (int t = 0; t < 8; t++) at[t] = _mm512_and_si512(_mm512_add_epi32(count, _mm512_set1_epi32(6 * t)), _mm512_set1_epi32(31));
+    for (int t = 0; t < 8; t++) at[t] = (__m512i)(((Ints)count + ROWS * t) & 31);
     for (int64_t u = from; u < to; u++)
         for (int64_t i = 0; i < rows; i += 48) {
             const T* at_row = a + u * PER<T> * p.a_row + row + i;
@@ -165,31 +149,21 @@ void pack_rows(const Product& p, int64_t row, int64_t rows, int64_t from, int64_
 #pragma GCC unroll 3
             for (int j = 0; j < 3; j++)
                 x[j] = across<T>(at_row + 16 * j, p.a_row, u * PER<T> + 1 < p.k, first(rows - i - 16 * j));
-            uint32_t* to_tile = tiles + i / ROWS * PITCH + (u - from) * ROWS;
+            float* to_tile = tiles + i / ROWS * PITCH + (u - from) * ROWS;
             // what is written past the 6 units is written again with the next ones
 #pragma GCC unroll 8
             for (int t = 0; t < 8; t++) {
-                const int v = 6 * t / 16;  // the indices go on in the second of two vectors, and into the first again
-                const __m512i low = v == 1 ? x[2] : x[0], high = x[1];
-                _mm512_storeu_si512(to_tile + t * PITCH, v == 2 ? _mm512_permutexvar_epi32(at[t], x[2]) : _mm512_permutex2var_epi32(low, at[t], high));
+                // the indices of two vectors go on from the second to the first
+                const __m512i low = t < 3 ? x[0] : x[2], high = t < 6 ? x[1] : x[2];
+                put(to_tile + t * PITCH, _mm512_permutex2var_epi32(low, at[t], high));
             }
         }
 }
 
-inline __m512 add_products(__m512 sum, __m512i a, __m512i b, const float*) {
-    return _mm512_fmadd_ps((__m512)a, (__m512)b, sum);
-}
-
-#ifdef __AVX512BF16__
-inline __m512 add_products(__m512 sum, __m512i a, __m512i b, const bfloat16*) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-}
-#endif
-
 struct Tile {
-    const uint32_t* a;
+    const float* a;
     int64_t a_row;  // units from one row to the next
-    const uint32_t* b;
+    const float* b;
     int64_t depth;
     const float* add;  // [R, COLUMNS] to be added, or null
     int64_t add_row;
@@ -202,11 +176,11 @@ struct Tile {
 // R rows of a tile; the next unit of a row of A lies STEP units further
 template <typename T, int R, int STEP>
 void sum_up(const Tile& t) {
-    const uint32_t *a = t.a, *b = t.b;
-    __m512 sums[R][4];
+    const float *a = t.a, *b = t.b;
+    Floats sums[R][4];
 #pragma GCC unroll 6
-    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = sums[r][2] = sums[r][3] = _mm512_setzero_ps();
-    const uint32_t* rows[R];
+    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = sums[r][2] = sums[r][3] = Floats{};
+    const float* rows[R];
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++) rows[r] = a + r * t.a_row;
     // by the time that the sums are there, so is the memory that they go to
@@ -215,15 +189,14 @@ void sum_up(const Tile& t) {
         for (int j = 0; j < COLUMNS; j += t.wide ? 16 : 32)
             __builtin_prefetch((char*)t.to + (r * t.to_row + j) * (t.wide ? 4 : 2), 1);
     for (int64_t u = 0; u < t.depth; u++, b += COLUMNS) {
-        const __m512i x0 = _mm512_load_si512(b), x1 = _mm512_load_si512(b + 16), x2 = _mm512_load_si512(b + 32),
-                      x3 = _mm512_load_si512(b + 48);
+        const Floats x0 = vector(b), x1 = vector(b + 16), x2 = vector(b + 32), x3 = vector(b + 48);
 #pragma GCC unroll 6
         for (int r = 0; r < R; r++) {
-            const __m512i y = _mm512_set1_epi32(rows[r][u * STEP]);
-            sums[r][0] = add_products(sums[r][0], y, x0, (const T*)nullptr);
-            sums[r][1] = add_products(sums[r][1], y, x1, (const T*)nullptr);
-            sums[r][2] = add_products(sums[r][2], y, x2, (const T*)nullptr);
-            sums[r][3] = add_products(sums[r][3], y, x3, (const T*)nullptr);
+            const float y = rows[r][u * STEP];
+            sums[r][0] = dot<T>(sums[r][0], y, x0);
+            sums[r][1] = dot<T>(sums[r][1], y, x1);
+            sums[r][2] = dot<T>(sums[r][2], y, x2);
+            sums[r][3] = dot<T>(sums[r][3], y, x3);
         }
     }
 #pragma GCC unroll 6
@@ -231,7 +204,7 @@ void sum_up(const Tile& t) {
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) {
             const __mmask16 mask = first(t.columns - 16 * j);
-            __m512 x = sums[r][j];
+            __m512 x = (__m512)sums[r][j];
             if (t.add) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(mask, t.add + r * t.add_row + 16 * j));
             if (t.wide)
                 _mm512_mask_storeu_ps((float*)t.to + r * t.to_row + 16 * j, mask, x);
@@ -286,7 +259,7 @@ void by_rows(const Product& p) {
                             float* const sums = partial + (r - row) * COLUMNS;
                             void* const to = p.c_wide ? (void*)((float*)p.c + at) : (void*)((T*)p.c + at);
                             sum_up<T, 1>(
-                                {(const uint32_t*)p.a + (r * p.a_row) / PER<T> + from, p.a_row / PER<T>,
+                                {(const float*)p.a + (r * p.a_row) / PER<T> + from, p.a_row / PER<T>,
                                  packed.get() + (panel * all + from) * COLUMNS, std::min(DEPTH, all - from),
                                  from ? sums : nullptr, COLUMNS, done ? to : sums, done ? p.c_row : COLUMNS,
                                  done ? p.n - column : COLUMNS, !done || p.c_wide},

@@ -46,7 +46,7 @@ def by_torch(
     qk, v, rest = fused.split(
         ((heads + kv_heads) * head_dim, kv_heads * head_dim, fused.shape[1] - (heads + 2 * kv_heads) * head_dim), 1
     )
-    rotated = rotate(qk.view(rows, -1, head_dim), *rope)
+    (rotated,) = rotate(qk.view(rows, -1, head_dim), rope)
     q, k = rotated.split((heads, kv_heads), 1)
     keys[:, :, place], values[:, :, place] = k, v.view(rows, kv_heads, head_dim)
     seen = [t[:, :, start : place + 1].double().repeat_interleave(heads // kv_heads, 1) for t in (keys, values)]
