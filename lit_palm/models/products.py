@@ -23,10 +23,13 @@ from torch.autograd.function import once_differentiable
 
 from lit_palm.native import compiled, processor
 
-__all__ = ["large_linear", "native", "product", "quick", "weight_gradient"]
+__all__ = ["Panels", "large_linear", "native", "product", "quick", "weight_gradient"]
 
 SOURCE = "products.cpp"
 FUNCTIONS = {torch.float32: "product_float32", torch.bfloat16: "product_bfloat16"}
+PACKING = {torch.float32: "pack_float32", torch.bfloat16: "pack_bfloat16"}
+COLUMNS = 64
+"""Of a packed panel."""
 FEWEST_ROWS = 8
 """Rows from which it was quicker in what was measured, 8 to 7,680."""
 NARROWEST = 32
@@ -37,9 +40,9 @@ class _Product(ctypes.Structure):
     """`Product` of products.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("a", "b", "c")),
+        *((name, ctypes.c_void_p) for name in ("a", "b", "c", "add")),
         *((name, ctypes.c_int64) for name in ("m", "n", "k", "a_row", "b_row", "c_row")),
-        *((name, ctypes.c_int64) for name in ("a_turned", "b_turned", "b_wide", "c_wide")),
+        *((name, ctypes.c_int64) for name in ("a_turned", "b_turned", "b_wide", "c_wide", "b_packed")),
     ]
 
 
@@ -107,6 +110,47 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     if grad.dtype is x.dtype and _large(x.dtype, len(x), x, grad):
         return _multiply(grad.contiguous().t(), x, torch.float32)
     return grad.t() @ x
+
+
+class Panels:
+    """A weight that is packed once for many products, of as few rows as one.
+
+    Args:
+        weight: [O, I] of `dtype`, or in float32; copied.
+        dtype: of the products, of which `native` is true; of bfloat16 I is even.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        (outputs, inputs), per = weight.shape, 4 // dtype.itemsize
+        size = -(-outputs // COLUMNS), inputs // per, COLUMNS
+        self.outputs, self.dtype = outputs, dtype
+        self.memory = torch.empty(size, dtype=torch.float32)
+        weight = weight.contiguous()
+        packing = _Product(
+            b=weight.data_ptr(), c=self.memory.data_ptr(), n=outputs, k=inputs, b_row=inputs, b_turned=True,
+            b_wide=weight.dtype is not dtype,
+        )  # fmt: skip
+        getattr(compiled(SOURCE), PACKING[dtype])(ctypes.byref(packing))
+        self.function = getattr(compiled(SOURCE), FUNCTIONS[dtype])
+        self.given = _Product(
+            b=self.memory.data_ptr(), n=outputs, k=inputs, a_row=inputs, c_row=outputs, b_packed=True
+        )  # fmt: skip
+
+    def product(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [N, I], of the weight's type or in float32, times the weight transposed, and a residual [N, O] added to it.
+
+        Returns:
+            [N, O] of x's type.
+        """
+        result = x.new_empty(len(x), self.outputs)
+        given = _Product.from_buffer_copy(self.given)  # several threads may decode
+        given.c_wide = x.dtype is torch.float32
+        x = x.to(self.dtype).contiguous()
+        residual = None if residual is None else residual.contiguous()
+        given.a, given.m, given.c = x.data_ptr(), len(x), result.data_ptr()
+        given.add = None if residual is None else residual.data_ptr()
+        self.function(ctypes.byref(given))
+        return result
 
 
 def large_linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -48,10 +48,12 @@ struct Product {
     const void* a;  // [m, k]
     const void* b;  // [k, n]
     void* c;        // [m, n]
+    const void* add;  // like C, to be added to it, or null
     int64_t m, n, k;
     int64_t a_row, b_row, c_row;     // numbers from one row in memory to the next, of A and B either way round
     int64_t a_turned, b_turned;      // their columns are what is rows in memory
     int64_t b_wide, c_wide;          // they are float32, whatever A is
+    int64_t b_packed;                // it is what `pack_all` wrote
 };
 
 // The units of 16 columns, summed over rows in memory
@@ -171,6 +173,8 @@ struct Tile {
     int64_t to_row;
     int64_t columns;  // that are written
     bool wide;        // as float32
+    const void* residual;  // like `to`, to be added as well, or null
+    const float* ahead;    // what will be multiplied next
 };
 
 // R rows of a tile; the next unit of a row of A lies STEP units further
@@ -189,6 +193,7 @@ void sum_up(const Tile& t) {
         for (int j = 0; j < COLUMNS; j += t.wide ? 16 : 32)
             __builtin_prefetch((char*)t.to + (r * t.to_row + j) * (t.wide ? 4 : 2), 1);
     for (int64_t u = 0; u < t.depth; u++, b += COLUMNS) {
+        if constexpr (STEP == 1) __builtin_prefetch(t.ahead + u * 16, 0, 2);
         const Floats x0 = vector(b), x1 = vector(b + 16), x2 = vector(b + 32), x3 = vector(b + 48);
 #pragma GCC unroll 6
         for (int r = 0; r < R; r++) {
@@ -205,12 +210,17 @@ void sum_up(const Tile& t) {
         for (int j = 0; j < 4; j++) {
             const __mmask16 mask = first(t.columns - 16 * j);
             __m512 x = (__m512)sums[r][j];
+            const int64_t at = r * t.to_row + 16 * j;
             if (t.add) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(mask, t.add + r * t.add_row + 16 * j));
-            if (t.wide)
-                _mm512_mask_storeu_ps((float*)t.to + r * t.to_row + 16 * j, mask, x);
+            if (t.wide) {
+                if (t.residual) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(mask, (const float*)t.residual + at));
+                _mm512_mask_storeu_ps((float*)t.to + at, mask, x);
+            }
 #ifdef __AVX512BF16__
-            else
-                _mm256_mask_storeu_epi16((bfloat16*)t.to + r * t.to_row + 16 * j, mask, (__m256i)_mm512_cvtneps_pbh(x));
+            else {
+                if (t.residual) x += (__m512)(halves((const bfloat16*)t.residual + at, mask) << 16);
+                _mm256_mask_storeu_epi16((bfloat16*)t.to + at, mask, (__m256i)_mm512_cvtneps_pbh(x));
+            }
 #endif
         }
 }
@@ -227,47 +237,78 @@ void sum_up(const Tile& t, int64_t rows) {
     }
 }
 
+// Rows [row, end) and the columns of a packed panel of B, which begin at `column`
+template <typename T>
+void by_panel(const Product& p, int64_t row, int64_t end, int64_t column, const float* panel) {
+    const int64_t all = pieces(p.k, PER<T>);
+    alignas(64) float partial[BLOCK * COLUMNS];
+    for (int64_t from = 0; from < all; from += DEPTH, panel += DEPTH * COLUMNS)
+        for (int64_t r = row; r < end; r += ROWS) {
+            const int64_t at = r * p.c_row + column, depth = std::min(DEPTH, all - from), number = (r - row) / ROWS;
+            const bool done = from + DEPTH >= all, wide = !done || p.c_wide;
+            float* const sums = partial + (r - row) * COLUMNS;
+            const auto place = [&](const void* c) { return (char*)c + at * (wide ? sizeof(float) : sizeof(T)); };
+            sum_up<T, 1>(
+                {(const float*)p.a + r * p.a_row / PER<T> + from, p.a_row / PER<T>, panel, depth,
+                 from ? sums : nullptr, COLUMNS, done ? place(p.c) : (void*)sums, done ? p.c_row : COLUMNS,
+                 done ? p.n - column : COLUMNS, wide, done && p.add ? place(p.add) : nullptr,
+                 panel + (number < 4 ? depth * (COLUMNS + number * COLUMNS / 4) : 0)},
+                std::min<int64_t>(ROWS, end - r)
+            );
+        }
+}
+
+// Rows that are multiplied with a panel at a time, so that they keep to the cache; all blocks of them are as large
+template <typename T>
+int64_t rows_at_once(const Product& p) {
+    const int64_t most = std::clamp<int64_t>(LIMIT / 128 / pieces(p.k, PER<T>), 2 * ROWS, BLOCK);
+    return pieces(pieces(p.m, pieces(p.m, most)), ROWS) * ROWS;
+}
+
 // A's rows as they lie: of B as many columns as may be packed at a time, for all of the sum
 template <typename T, typename S>
 void by_rows(const Product& p) {
-    const int64_t all = pieces(p.k, PER<T>);
+    const int64_t all = pieces(p.k, PER<T>), rows = rows_at_once<T>(p), blocks = pieces(p.m, rows);
     const int64_t width = std::max<int64_t>(1, std::min(pieces(p.n, COLUMNS), LIMIT / (all * COLUMNS)));  // in panels
-    const int64_t rows = std::clamp<int64_t>(LIMIT / 128 / all / ROWS * ROWS, 2 * ROWS, BLOCK);
     const auto packed = units(width * all * COLUMNS);
     for (int64_t start = 0; start < p.n; start += width * COLUMNS) {
         const int64_t panels = std::min(width, pieces(p.n - start, COLUMNS)), depths = pieces(all, DEPTH);
-        const int64_t blocks = pieces(p.m, rows);
         const int64_t groups = std::min(panels, pieces(8 * omp_get_max_threads(), blocks)), group = pieces(panels, groups);
 #pragma omp parallel
         {
 #pragma omp for schedule(dynamic)
             for (int64_t i = 0; i < panels * depths; i++) {
-                const int64_t panel = i / depths, from = i % depths * DEPTH;
-                pack<T, S>(p, start + panel * COLUMNS, from, std::min(all, from + DEPTH),
-                           packed.get() + (panel * all + from) * COLUMNS);
+                const int64_t panel = i / depths, from = i % depths * DEPTH, to = std::min(all, from + DEPTH);
+                pack<T, S>(p, start + panel * COLUMNS, from, to, packed.get() + (panel * all + from) * COLUMNS);
             }
 #pragma omp for schedule(dynamic)
             for (int64_t i = 0; i < blocks * groups; i++) {
-                const int64_t row = i / groups * rows, end = std::min(p.m, row + rows);
-                const int64_t last = std::min(panels, (i % groups + 1) * group);
-                alignas(64) float partial[BLOCK * COLUMNS];
+                const int64_t row = i / groups * rows, last = std::min(panels, (i % groups + 1) * group);
                 for (int64_t panel = i % groups * group; panel < last; panel++)
-                    for (int64_t from = 0; from < all; from += DEPTH)
-                        for (int64_t r = row; r < end; r += ROWS) {
-                            const int64_t column = start + panel * COLUMNS, at = r * p.c_row + column;
-                            const bool done = from + DEPTH >= all;
-                            float* const sums = partial + (r - row) * COLUMNS;
-                            void* const to = p.c_wide ? (void*)((float*)p.c + at) : (void*)((T*)p.c + at);
-                            sum_up<T, 1>(
-                                {(const float*)p.a + (r * p.a_row) / PER<T> + from, p.a_row / PER<T>,
-                                 packed.get() + (panel * all + from) * COLUMNS, std::min(DEPTH, all - from),
-                                 from ? sums : nullptr, COLUMNS, done ? to : sums, done ? p.c_row : COLUMNS,
-                                 done ? p.n - column : COLUMNS, !done || p.c_wide},
-                                std::min<int64_t>(ROWS, end - r)
-                            );
-                        }
+                    by_panel<T>(p, row, std::min(p.m, row + rows), start + panel * COLUMNS,
+                                packed.get() + panel * all * COLUMNS);
             }
         }
+    }
+}
+
+// All of B as panels, to C
+template <typename T, typename S>
+void pack_all(const Product& p) {
+    const int64_t all = pieces(p.k, PER<T>), panels = pieces(p.n, COLUMNS);
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t panel = 0; panel < panels; panel++)
+        pack<T, S>(p, panel * COLUMNS, 0, all, (float*)p.c + panel * all * COLUMNS);
+}
+
+// With B packed: a thread reads panels that follow each other, since reading them takes as long as few rows do
+template <typename T>
+void by_packed(const Product& p) {
+    const int64_t size = pieces(p.k, PER<T>) * COLUMNS, rows = rows_at_once<T>(p), blocks = pieces(p.m, rows);
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < pieces(p.n, COLUMNS) * blocks; i++) {
+        const int64_t row = i % blocks * rows, panel = i / blocks;
+        by_panel<T>(p, row, std::min(p.m, row + rows), panel * COLUMNS, (const float*)p.b + panel * size);
     }
 }
 
@@ -301,7 +342,7 @@ void by_columns(const Product& p) {
                             float* const c = (float*)p.c + (row + r) * p.c_row + column;
                             sum_up<T, ROWS>(
                                 {tiles.get() + r / ROWS * PITCH, 1, packed.get() + panel * step * COLUMNS, to - from,
-                                 from ? c : nullptr, p.c_row, c, p.c_row, p.n - column, true},
+                                 from ? c : nullptr, p.c_row, c, p.c_row, p.n - column, true, nullptr, nullptr},
                                 std::min<int64_t>(ROWS, rows - r)
                             );
                         }
@@ -311,19 +352,27 @@ void by_columns(const Product& p) {
     }
 }
 
+template <typename T>
+void multiply(const Product& p) {
+    if (p.a_turned) by_columns<T>(p);
+    else if (p.b_packed) by_packed<T>(p);
+    else if (p.b_wide) by_rows<T, float>(p);
+    else by_rows<T, T>(p);
+}
+
+template <typename T>
+void pack_whole(const Product& p) {
+    p.b_wide ? pack_all<T, float>(p) : pack_all<T, T>(p);
+}
+
 }  // namespace
 
-extern "C" void product_float32(const void* given) {
-    const auto& p = *static_cast<const Product*>(given);
-    p.a_turned ? by_columns<float>(p) : by_rows<float, float>(p);
-}
+extern "C" void product_float32(const void* p) { multiply<float>(*(const Product*)p); }
+extern "C" void pack_float32(const void* p) { pack_whole<float>(*(const Product*)p); }
 
 #ifdef __AVX512BF16__
-extern "C" void product_bfloat16(const void* given) {
-    const auto& p = *static_cast<const Product*>(given);
-    if (p.a_turned) return by_columns<bfloat16>(p);
-    p.b_wide ? by_rows<bfloat16, float>(p) : by_rows<bfloat16, bfloat16>(p);
-}
+extern "C" void product_bfloat16(const void* p) { multiply<bfloat16>(*(const Product*)p); }
+extern "C" void pack_bfloat16(const void* p) { pack_whole<bfloat16>(*(const Product*)p); }
 #endif
 
 #endif

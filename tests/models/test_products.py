@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_palm.models import PaLMConfig, TokenLogProbs, packed, products
 from lit_palm.models.half import linear
 from lit_palm.models.packed import multiplies_quickly, packs
-from lit_palm.models.products import FEWEST_ROWS, native, product, quick, weight_gradient
+from lit_palm.models.products import FEWEST_ROWS, Panels, native, product, quick, weight_gradient
 
 TYPES = [
     pytest.param(
@@ -126,6 +126,22 @@ def test_a_row_depends_on_nothing_but_itself(dtype: torch.dtype) -> None:
         assert torch.equal(product(x, weight), whole) and torch.equal(weight_gradient(whole, x), gradient)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 64, 130])
+@pytest.mark.parametrize(("inputs", "outputs"), [(34, 70), (2300, 64), (64, 1)])
+def test_packed_weights_multiply_few_rows(dtype: torch.dtype, wide: bool, rows: int, inputs: int, outputs: int) -> None:
+    """Of the weight's type and in float32, of which only the factors are rounded; a residual is added in float32."""
+    torch.manual_seed(0)
+    weight, kind = torch.randn(outputs, inputs), torch.float32 if wide else dtype
+    x, residual = torch.randn(inputs, rows).to(kind).t(), torch.randn(rows, 2 * outputs).to(kind)[:, ::2]
+    panels = Panels(weight if wide else weight.to(dtype), dtype)
+    expected = x.to(dtype).double() @ weight.to(dtype).double().t()
+    assert_near(panels.product(x), expected, kind)
+    assert_near(panels.product(x, residual), expected + residual.double(), kind)
+    assert panels.product(x).dtype is kind
 
 
 @pytest.mark.parametrize("dtype", TYPES)
