@@ -32,6 +32,8 @@ COLUMNS = 64
 """Of a packed panel."""
 FEWEST_ROWS = 8
 """Rows from which it was quicker in what was measured, 8 to 7,680."""
+MANY_ROWS, CACHED = 256, 2**22
+"""Rows from which it was quicker with weights of more numbers than these, in bfloat16."""
 NARROWEST = 32
 """Inputs and outputs of a layer, below which a tile of 64 columns is mostly empty."""
 
@@ -74,8 +76,12 @@ def _large(dtype: torch.dtype, rows: int, x: Tensor, other: Tensor) -> bool:
 
 def quick(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether the product in `dtype` of x [..., I] and weight [O, I] transposed, and its gradients, are made here."""
-    pairs = dtype is torch.float32 or all(width % 2 == 0 for width in weight.shape)  # two of 16 bits are one unit
-    return pairs and weight.dtype in (dtype, torch.float32) and _large(dtype, x.shape[:-1].numel(), x, weight)
+    rows = x.shape[:-1].numel()
+    if dtype is not torch.float32:  # two of 16 bits are one unit; of a weight beyond the cache packing is all the work
+        pairs = all(width % 2 == 0 for width in weight.shape)
+        if not (pairs and (rows >= MANY_ROWS or weight.numel() <= CACHED)):
+            return False
+    return weight.dtype in (dtype, torch.float32) and _large(dtype, rows, x, weight)
 
 
 def _multiply(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
