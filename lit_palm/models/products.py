@@ -100,7 +100,8 @@ def _multiply(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         a_row=a.stride(int(a_turned)), b_row=b.stride(int(b_turned)), c_row=c.shape[1],
         a_turned=a_turned, b_turned=b_turned, b_wide=b.dtype is not a.dtype, c_wide=dtype is torch.float32,
     )  # fmt: skip
-    getattr(compiled(SOURCE), FUNCTIONS[a.dtype])(ctypes.byref(given))
+    if getattr(compiled(SOURCE), FUNCTIONS[a.dtype])(ctypes.byref(given)):
+        raise MemoryError(f"there is no memory to multiply {list(a.shape)} numbers with {list(b.shape)}")
     return c
 
 

@@ -194,7 +194,7 @@ struct Block {  // of queries that share a key/value head
 
     int64_t token(const Attention<T>& a, int64_t row) const { return first + row / (a.heads / a.kv_heads); }
 
-    // rows of queries, which are in their place with gaps, or of gradients as units, and where `over_rows` is, over rows
+    // rows of queries or of gradients as units, and where `over_rows` is, as units over rows
     void take(const Attention<T>& a, const T* all, int64_t stride, float* to, float* over_rows = nullptr) const {
         const int64_t group = a.heads / a.kv_heads;
         const auto from = [&](int64_t row) {
@@ -335,7 +335,8 @@ void backward_block(
     float *queries = memory, *grads = queries + block.padded * D, *sums = grads + block.padded * D;
     float *weights = sums + block.padded * D, *slopes = weights + block.padded * PITCH;
     float *along_keys = slopes + block.padded * PITCH, *delta = along_keys + block.padded * PITCH;
-    float *norm = delta + block.padded, *queries_over = norm + block.padded, *grads_over = queries_over + block.padded * D;
+    float *norm = delta + block.padded, *queries_over = norm + block.padded;
+    float* grads_over = queries_over + block.padded * D;
     if (PER<T> == 1) along_keys = slopes, queries_over = queries, grads_over = grads;  // units of one are the same
     block.take(a, a.q, a.q_stride, queries, queries_over);
     block.take(a, a.grad, a.heads * D, grads, grads_over);

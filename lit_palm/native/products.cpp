@@ -273,7 +273,8 @@ void by_rows(const Product& p) {
     const auto packed = units(width * all * COLUMNS);
     for (int64_t start = 0; start < p.n; start += width * COLUMNS) {
         const int64_t panels = std::min(width, pieces(p.n - start, COLUMNS)), depths = pieces(all, DEPTH);
-        const int64_t groups = std::min(panels, pieces(8 * omp_get_max_threads(), blocks)), group = pieces(panels, groups);
+        const int64_t groups = std::min(panels, pieces(8 * omp_get_max_threads(), blocks));
+        const int64_t group = pieces(panels, groups);
 #pragma omp parallel
         {
 #pragma omp for schedule(dynamic)
@@ -317,7 +318,8 @@ template <typename T>
 void by_columns(const Product& p) {
     const int64_t all = pieces(p.k, PER<T>), step = std::min(all, PACKED_DEPTH);
     const int64_t width = std::max<int64_t>(1, std::min(pieces(p.n, COLUMNS), LIMIT / 4 / (step * COLUMNS)));
-    const auto packed = units(width * step * COLUMNS);
+    constexpr int64_t OWN = (BLOCK / ROWS * PITCH + 31) / 16 * 16;  // packed rows of a thread
+    const auto packed = units(width * step * COLUMNS), all_tiles = units(omp_get_max_threads() * OWN);
     for (int64_t start = 0; start < p.n; start += width * COLUMNS) {
         const int64_t panels = std::min(width, pieces(p.n - start, COLUMNS)), blocks = pieces(p.m, BLOCK);
         // few panels would not pay for packing the rows that they are multiplied with
@@ -325,7 +327,7 @@ void by_columns(const Product& p) {
         const int64_t group = pieces(panels, groups);
 #pragma omp parallel
         {
-            const auto tiles = units(BLOCK / ROWS * PITCH + 16);
+            float* const tiles = all_tiles.get() + omp_get_thread_num() * OWN;
             for (int64_t from = 0; from < all; from += PACKED_DEPTH) {
                 const int64_t to = std::min(all, from + PACKED_DEPTH);
 #pragma omp for schedule(dynamic)
@@ -335,13 +337,13 @@ void by_columns(const Product& p) {
                 for (int64_t i = 0; i < blocks * groups; i++) {
                     const int64_t row = i / groups * BLOCK, rows = std::min<int64_t>(BLOCK, p.m - row);
                     const int64_t last = std::min(panels, (i % groups + 1) * group);
-                    pack_rows<T>(p, row, rows, from, to, tiles.get());
+                    pack_rows<T>(p, row, rows, from, to, tiles);
                     for (int64_t panel = i % groups * group; panel < last; panel++)
                         for (int64_t r = 0; r < rows; r += ROWS) {
                             const int64_t column = start + panel * COLUMNS;
                             float* const c = (float*)p.c + (row + r) * p.c_row + column;
                             sum_up<T, ROWS>(
-                                {tiles.get() + r / ROWS * PITCH, 1, packed.get() + panel * step * COLUMNS, to - from,
+                                {tiles + r / ROWS * PITCH, 1, packed.get() + panel * step * COLUMNS, to - from,
                                  from ? c : nullptr, p.c_row, c, p.c_row, p.n - column, true, nullptr, nullptr},
                                 std::min<int64_t>(ROWS, rows - r)
                             );
@@ -352,12 +354,18 @@ void by_columns(const Product& p) {
     }
 }
 
+// 1 where there is no memory for what is packed
 template <typename T>
-void multiply(const Product& p) {
-    if (p.a_turned) by_columns<T>(p);
-    else if (p.b_packed) by_packed<T>(p);
-    else if (p.b_wide) by_rows<T, float>(p);
-    else by_rows<T, T>(p);
+int multiply(const Product& p) {
+    try {
+        if (p.a_turned) by_columns<T>(p);
+        else if (p.b_packed) by_packed<T>(p);
+        else if (p.b_wide) by_rows<T, float>(p);
+        else by_rows<T, T>(p);
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
 }
 
 template <typename T>
@@ -367,11 +375,11 @@ void pack_whole(const Product& p) {
 
 }  // namespace
 
-extern "C" void product_float32(const void* p) { multiply<float>(*(const Product*)p); }
+extern "C" int product_float32(const void* p) { return multiply<float>(*(const Product*)p); }
 extern "C" void pack_float32(const void* p) { pack_whole<float>(*(const Product*)p); }
 
 #ifdef __AVX512BF16__
-extern "C" void product_bfloat16(const void* p) { multiply<bfloat16>(*(const Product*)p); }
+extern "C" int product_bfloat16(const void* p) { return multiply<bfloat16>(*(const Product*)p); }
 extern "C" void pack_bfloat16(const void* p) { pack_whole<bfloat16>(*(const Product*)p); }
 #endif
 

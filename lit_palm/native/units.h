@@ -1,5 +1,5 @@
-// What is multiplied and summed in one go: a float32 number or, with AVX-512's products of bfloat16 numbers, two of these
-// that follow each other in the direction of the sum. Units are 32 bits either way, and memory of them is that of floats.
+// What is multiplied and summed in one go: a float32 number or, with AVX-512's products of bfloat16 numbers, two of
+// these that follow each other in the direction of the sum. Units have 32 bits either way, and lie in memory of floats.
 
 #pragma once
 
@@ -44,7 +44,7 @@ inline Ints halves(const float* from, __mmask16 mask) {
 
 inline Ints halves(Floats x) { return (Ints)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)); }
 
-// units of the numbers of two vectors: each of one with its own of the other, and those of one before those of the other
+// units of the numbers of two vectors: each with its own of the other, and those of one before those of the other
 inline Floats over(Ints first, Ints second) { return (Floats)(first | second << 16); }
 inline Floats behind(Floats first, Floats second) {
     return (Floats)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
