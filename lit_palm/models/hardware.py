@@ -8,13 +8,13 @@ kernel for a fraction of a second; what runs is never chosen by them, so that a 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from lit_palm.models.products import product
+from lit_palm.native import capabilities
 
 __all__ = ["is_host", "measure_peak_bandwidth", "measure_peak_flops", "multiplies", "useful_dtype"]
 
@@ -28,7 +28,7 @@ def _host_multiplies(dtype: torch.dtype) -> bool:
     """
     if dtype in _KNOWN:
         return _KNOWN[dtype]
-    able: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    able = capabilities()
     names = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
     foreign = able.get("architecture") != "x86_64"
     _KNOWN[dtype] = foreign or any(able.get(name, False) for name in names[dtype])

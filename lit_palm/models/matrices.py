@@ -122,7 +122,7 @@ class PackedMatrix(Matrix):
 class PanelMatrix(PackedMatrix):
     """The same in the layout of our own product, for processors that have one.
 
-    Here .63 to .80 times the time of oneDNN's from one row to 16, .86 for 64, in bfloat16; .73 to .92 in float32.
+    Here .63 to .80 times the time of oneDNN's from one row to 16, .86 for 64, in bfloat16; .63 to .92 in float32.
     """
 
     def __call__(self, x: Tensor) -> Tensor:

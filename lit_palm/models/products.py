@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lit_palm.native import compiled, processor
+from lit_palm.native import capabilities, compiled, processor
 
 __all__ = ["Panels", "large_linear", "native", "product", "quick", "weight_gradient"]
 
@@ -31,9 +31,9 @@ PACKING = {torch.float32: "pack_float32", torch.bfloat16: "pack_bfloat16"}
 COLUMNS = 64
 """Of a packed panel."""
 FEWEST_ROWS = 8
-"""Rows from which it was quicker in what was measured, 8 to 7,680."""
+"""Rows from which it was quicker, forward and backward together, in what was measured, 8 to 7,680."""
 MANY_ROWS, CACHED = 256, 2**22
-"""Rows from which it was quicker with weights of more numbers than these, in bfloat16."""
+"""Rows from which weights of more numbers than these are multiplied here in bfloat16: up to 128 it was slower."""
 NARROWEST = 32
 """Inputs and outputs of a layer, below which a tile of 64 columns is mostly empty."""
 
@@ -52,7 +52,7 @@ class _Product(ctypes.Structure):
 def _able(dtype: torch.dtype) -> bool:
     able = {torch.float32: ("AVX512", "AVX512_BF16"), torch.bfloat16: ("AVX512_BF16",)}.get(dtype, ())
     # matrix instructions, which oneDNN uses, are several times as quick again
-    tiles = dtype is torch.bfloat16 and torch.cpu.get_capabilities().get("amx_bf16", False)
+    tiles = dtype is torch.bfloat16 and capabilities().get("amx_bf16", False)
     return processor() in able and not tiles
 
 

@@ -27,7 +27,7 @@ import torch
 
 from lit_palm.folders import cache_folder
 
-__all__ = ["compiled", "find_compiler", "processor"]
+__all__ = ["capabilities", "compiled", "find_compiler", "processor"]
 
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-Wno-psabi")
 WIDE = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512")
@@ -35,11 +35,16 @@ VECTORS = {"AVX512_BF16": (*WIDE, "-mavx512bf16"), "AVX512": WIDE, "AVX2": ("-ma
 """Flags by processor; for others nothing is compiled, since nobody has measured what it gives."""
 
 
+def capabilities() -> Mapping[str, Any]:
+    """What torch tells of the processor's instructions; an older torch nothing."""
+    able: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return able
+
+
 def processor() -> str:
     """What torch takes this one for, and whether it has AVX-512's products of bfloat16 numbers."""
     name: str = torch.backends.cpu.get_cpu_capability()
-    able: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return f"{name}_BF16" if name == "AVX512" and able.get("avx512_bf16") else name
+    return f"{name}_BF16" if name == "AVX512" and capabilities().get("avx512_bf16") else name
 
 
 def find_compiler() -> str | None:

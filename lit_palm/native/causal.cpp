@@ -8,7 +8,6 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <memory>
 #include <new>
 
@@ -20,17 +19,6 @@ constexpr int ROWS = REGISTERS / 4;  // of what is multiplied in registers
 constexpr int WIDTH = 2 * W;         // two vectors of each
 constexpr int64_t QUERIES = 96, KEYS = 256;  // of a block
 constexpr int64_t PITCH = KEYS + W;          // from a row of scores to the next: a power of two would crowd the cache
-
-struct Free {
-    void operator()(float* memory) const { std::free(memory); }
-};
-using Floats32 = std::unique_ptr<float, Free>;
-
-inline Floats32 floats(int64_t count) {
-    auto* memory = static_cast<float*>(std::aligned_alloc(64, (count * 4 + 63) / 64 * 64));
-    if (!memory) throw std::bad_alloc();
-    return Floats32(memory);
-}
 
 inline int64_t up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
@@ -103,20 +91,6 @@ inline void across(const T* from, [[maybe_unused]] const T* second, float* to) {
     along<T, D>(from, to);
 }
 
-template <typename T, int D>
-inline void narrow(const float* from, T* to, float scale) {
-    for (int i = 0; i < D; i += 2 * W) {
-        const Pair x = {vector(from + i) * scale, vector(from + i + W) * scale};
-#ifdef __AVX512BF16__
-        if constexpr (PER<T> == 2) {
-            const Floats units = behind(x.first, x.second);
-            std::memcpy(to + i, &units, sizeof units);
-        } else
-#endif
-            store(to + i, x);
-    }
-}
-
 // Two vectors of a row as units
 template <typename T>
 inline void store_units(float* to, Floats first, Floats second) {
@@ -128,6 +102,17 @@ inline void store_units(float* to, Floats first, Floats second) {
     }
 #endif
     store(to, {first, second});
+}
+
+template <typename T, int D>
+inline void narrow(const float* from, T* to, float scale) {
+    for (int i = 0; i < D; i += 2 * W) {
+        const Pair x = {vector(from + i) * scale, vector(from + i + W) * scale};
+        if constexpr (PER<T> == 2)
+            store_units<T>((float*)(to + i), x.first, x.second);
+        else
+            store(to + i, x);
+    }
 }
 
 // Two vectors of each of a unit's rows as units over rows

@@ -13,8 +13,6 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
 #include <new>
 
 #include "units.h"
@@ -27,16 +25,6 @@ constexpr int BLOCK = 96;              // rows that a thread takes at a time, at
 constexpr int64_t DEPTH = 512, PACKED_DEPTH = 1024;
 constexpr int64_t PITCH = PACKED_DEPTH * ROWS + 16;  // from a packed tile to the next: packing writes past its end
 constexpr int64_t LIMIT = int64_t(8) << 20;          // units of B that are packed at a time
-
-struct Free {
-    void operator()(float* memory) const { std::free(memory); }
-};
-
-inline std::unique_ptr<float, Free> units(int64_t count) {
-    auto* memory = static_cast<float*>(std::aligned_alloc(64, (count * 4 + 63) / 64 * 64));
-    if (!memory) throw std::bad_alloc();
-    return std::unique_ptr<float, Free>(memory);
-}
 
 inline void put(float* to, __m512i x) { std::memcpy(to, &x, sizeof x); }
 
@@ -270,7 +258,7 @@ template <typename T, typename S>
 void by_rows(const Product& p) {
     const int64_t all = pieces(p.k, PER<T>), rows = rows_at_once<T>(p), blocks = pieces(p.m, rows);
     const int64_t width = std::max<int64_t>(1, std::min(pieces(p.n, COLUMNS), LIMIT / (all * COLUMNS)));  // in panels
-    const auto packed = units(width * all * COLUMNS);
+    const auto packed = floats(width * all * COLUMNS);
     for (int64_t start = 0; start < p.n; start += width * COLUMNS) {
         const int64_t panels = std::min(width, pieces(p.n - start, COLUMNS)), depths = pieces(all, DEPTH);
         const int64_t groups = std::min(panels, pieces(8 * omp_get_max_threads(), blocks));
@@ -319,7 +307,7 @@ void by_columns(const Product& p) {
     const int64_t all = pieces(p.k, PER<T>), step = std::min(all, PACKED_DEPTH);
     const int64_t width = std::max<int64_t>(1, std::min(pieces(p.n, COLUMNS), LIMIT / 4 / (step * COLUMNS)));
     constexpr int64_t OWN = (BLOCK / ROWS * PITCH + 31) / 16 * 16;  // packed rows of a thread
-    const auto packed = units(width * step * COLUMNS), all_tiles = units(omp_get_max_threads() * OWN);
+    const auto packed = floats(width * step * COLUMNS), all_tiles = floats(omp_get_max_threads() * OWN);
     for (int64_t start = 0; start < p.n; start += width * COLUMNS) {
         const int64_t panels = std::min(width, pieces(p.n - start, COLUMNS)), blocks = pieces(p.m, BLOCK);
         // few panels would not pay for packing the rows that they are multiplied with

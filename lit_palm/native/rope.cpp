@@ -12,14 +12,6 @@ struct Rope {
     int64_t from_row, to_row, rows, heads, head_dim, tables, back;
 };
 
-inline void put(float* to, float x) { *to = x; }
-
-inline void put(bfloat16* to, float x) {  // to the nearest, of two as near to the even one; NaN stays NaN
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    to->bits = x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-
 template <typename T>
 void run(const Rope<T>& r) {
     const int64_t half = r.head_dim / 2;
@@ -34,8 +26,8 @@ void run(const Rope<T>& r) {
 #pragma GCC ivdep
             for (int64_t i = 0; i < half; i++) {
                 const float a = number(x + i), b = number(other + i);
-                put(y + i, a * cos[i] + b * first[i]);
-                put(to_other + i, b * cos[half + i] + a * second[i]);
+                store(y + i, a * cos[i] + b * first[i]);
+                store(to_other + i, b * cos[half + i] + a * second[i]);
             }
         }
     }

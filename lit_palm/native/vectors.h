@@ -5,8 +5,11 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <new>
 
 namespace {
 
@@ -77,6 +80,25 @@ inline float number(const bfloat16* x) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
+}
+
+inline void store(float* to, float x) { *to = x; }
+
+inline void store(bfloat16* to, float x) {  // as `rounded` does it
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    to->bits = x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+struct Free {
+    void operator()(float* memory) const { std::free(memory); }
+};
+using Floats32 = std::unique_ptr<float, Free>;
+
+inline Floats32 floats(int64_t count) {
+    auto* memory = static_cast<float*>(std::aligned_alloc(64, (count * 4 + 63) / 64 * 64));
+    if (!memory) throw std::bad_alloc();
+    return Floats32(memory);
 }
 
 // e^x within 2 units in the last place (Cephes' polynomial); below -87 it is 0
