@@ -3,10 +3,11 @@
     decode = decoding_form(network, Decoding(num_tokens=200))   # with the weights of now
     logits_BV = decode(tokens_B1, positions=positions_B1, cache=cache, head=last_logits)
 
-It is called like the network and gives what that gives, within rounding. Prompts go to the network itself. A step is
-bound by reading every weight once and by the number of operations, so that a whole PaLM is run as few operations on
-plain tensors: no modules, one product for queries, keys, values and feed-forward, one for the output of both halves
-with the residual added to it, matrices packed for the processor where enough tokens will be decoded to pay for it.
+It is called like the network and gives what that gives, within rounding. A step is bound by reading every weight once
+and by the number of operations, so that a whole PaLM is run as few operations on plain tensors: no modules, one product
+for queries, keys, values and feed-forward, one for the output of both halves with the residual added to it, matrices
+packed for the processor where enough tokens will be decoded to pay for it. Prompts go to the network itself, save where
+packed matrices serve them as well: packing them again takes as long as multiplying some 64 tokens.
 
 Any other network (of Hugging Face, with adapters that are not merged, quantised, spread over processes) decodes as it
 is. Which form is taken depends on the processor, types, shapes and settings, never on timing: a run can be repeated.
@@ -14,10 +15,9 @@ is. Which form is taken depends on the processor, types, shapes and settings, ne
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from lit_palm.models.adapted import View
 from lit_palm.models.base import Cache, Head, Network
 from lit_palm.models.cache import PaLMCache
-from lit_palm.models.compiled import check_compiler
-from lit_palm.models.decoding_native import NativeStep
+from lit_palm.models.decoding_native import NativeStep, WholeStep
+from lit_palm.models.decoding_step import Layer, Shape, add_halves, base_of, compiled_run, leave, run, split
 from lit_palm.models.hardware import multiplies
-from lit_palm.models.kernels import last_logits
-from lit_palm.models.layers import Linear, QKNorm, rotate
-from lit_palm.models.matrices import Matrix, Weights
+from lit_palm.models.kernels import last_logits, split_swiglu
+from lit_palm.models.layers import Linear, rotate
+from lit_palm.models.matrices import Matrix, PanelMatrix, Weights
 from lit_palm.models.palm import Block, PaLM
 
 __all__ = ["Decode", "Decoding", "Weights", "bytes_read_of", "decoding_form"]
@@ -106,7 +106,7 @@ def _trunk(network: Network) -> PaLM | None:
     if type(trunk) is not PaLM or any(_heard(module) for module in trunk.modules()):
         return None
     layers = [layer for b in trunk.layers for layer in (b.attn_ffn_in, b.attn_out, b.ffn_out)]
-    bases = [_base(layer) for layer in layers]
+    bases = [base_of(layer) for layer in layers]
     if any(type(layer) is not Linear or layer.bias is not None for layer in bases):
         return None
     weights = [*(layer.weight for layer in bases), trunk.embedding.weight, trunk.norm.weight]
@@ -120,47 +120,25 @@ def _heard(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
 
 
-def _base(layer: Any) -> Any:
-    """A linear layer without the adapters around it."""
-    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-
-
-class _Shape(NamedTuple):
-    """Sizes of all blocks."""
-
-    sizes: tuple[int, ...]
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    xpos: bool
-
-
-class _Layer:
-    """One block's weights; activations are of type `dtype`."""
-
-    def __init__(self, block: Any, weights: Weights | None, pack: bool, dtype: torch.dtype) -> None:
-        self.norm, self.eps = block.norm.weight.to(dtype), block.norm.eps
-        (self.entry,) = Matrix.of([_base(block.attn_ffn_in).weight], weights, pack)
-        self.exit = Matrix.of([_base(block.attn_out).weight, _base(block.ffn_out).weight], weights, pack)
-        self.q_norm: QKNorm | None = block.q_norm
-        self.k_norm: QKNorm | None = block.k_norm
-
-
 class _PaLMDecoder:
     """A PaLM's decoding step; see the module's docstring."""
 
     def __init__(self, network: Network, trunk: PaLM, how: Decoding, weights: Weights | None) -> None:
         self.network, self.trunk = network, trunk
         own, block = trunk.norm.weight, cast(Block, trunk.layers[0])
-        self.shape = _Shape(block.sizes, block.num_heads, block.num_kv_heads, block.head_dim, block.xpos)
+        self.shape = Shape(block.sizes, block.num_heads, block.num_kv_heads, block.head_dim, block.xpos)
         self.compile = how.compile
         # between products activations are as wide as weights that were converted came in
-        self.dtype = own.dtype if weights is None and multiplies(own, own.dtype) else _wide(own.dtype)
+        self.dtype = (
+            own.dtype
+            if weights is None and multiplies(own, own.dtype)
+            else torch.promote_types(own.dtype, torch.float32)
+        )
         # what is compiled sees through products of torch's own only
         pack = not how.compile and (how.num_tokens is None or how.num_tokens >= FEWEST_TOKENS)
-        self.layers = [_Layer(block, weights, pack, self.dtype) for block in trunk.layers]
+        self.layers = [Layer(block, weights, pack, self.dtype) for block in trunk.layers]
         if self.compile:
-            _compiled()
+            compiled_run()
             for matrix in (m for layer in self.layers for m in (layer.entry, *layer.exit)):
                 matrix.settle()
         plain = block.q_norm is None and not block.xpos and own.is_cpu and not self.compile
@@ -169,6 +147,16 @@ class _PaLMDecoder:
         self.norm = own.to(self.dtype)
         self.counted: dict[int, int] = {}
         (self.output,) = Matrix.of([trunk.embedding.weight], None if weights == "int8" else weights, pack)
+        matrices = [self.output, *(m for layer in self.layers for m in (layer.entry, *layer.exit))]
+        packed = [matrix.panels for matrix in matrices if isinstance(matrix, PanelMatrix)]
+        all_packed = len(packed) == len(matrices)
+        # weights that were converted on request are for completions alone
+        self.reads = how.weights is None and all_packed
+        self.whole: WholeStep | None = None
+        if self.native is not None and all_packed and WholeStep.can(len(own), self.dtype, packed[1:]):
+            norms = [layer.norm for layer in self.layers]
+            blocks = list(zip(norms, packed[1::2], packed[2::2], strict=True))
+            self.whole = WholeStep(self.native, blocks, self.norm, trunk.norm.eps)
 
     def __call__(
         self,
@@ -180,11 +168,14 @@ class _PaLMDecoder:
         head: Head | None = None,
     ) -> Any:
         """See `Network.forward`."""
-        if tokens.shape[1] != 1 or mask is not None or cache is None or not cache.length:
+        prompt = tokens.shape[1] != 1 or mask is not None or cache is None or not cache.length
+        past = 0 if cache is None else cache.length
+        fits = past + tokens.shape[1] <= self.trunk.config.max_length
+        if prompt and not (self.reads and cache is not None and head is last_logits and fits):
             return self.network(tokens, mask=mask, positions=positions, cache=cache, head=head)
         assert isinstance(cache, PaLMCache), "a PaLM decodes with the cache of its own new_cache"
         with torch.autocast(tokens.device.type, enabled=False):
-            hidden = self.step(tokens, positions, cache)
+            hidden = self.read(tokens, mask, positions, cache) if prompt else self.step(tokens, positions, cache)
             if head is last_logits:
                 logits = self.output(hidden * self.trunk.logit_scale)
                 return logits.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
@@ -200,106 +191,63 @@ class _PaLMDecoder:
             self.counted[rows] = sum(matrix.num_bytes(rows) for matrix in matrices)
         return self.counted[rows]
 
+    def read(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, cache: PaLMCache) -> Tensor:
+        """Hidden states [B, D] after the last of tokens [B, T], of which `mask` [B, T] is False at padding."""
+        trunk, (rows, width) = self.trunk, tokens.shape
+        x = F.embedding(tokens, trunk.embedding.weight).to(self.dtype)
+        if cache.length:
+            cache.cast(self.dtype)
+        cache.reserve(width)
+        if mask is not None:
+            cache.pad(mask, self.dtype)
+        rope = trunk.rope(tokens, mask, positions, cache)
+        bias = trunk.attention_bias(x, mask, None, cache)
+        x = x.flatten(0, 1)
+        for block, layer in zip(cast(list[Block], list(trunk.layers)[:-1]), self.layers, strict=False):
+            fused = layer.entry(F.layer_norm(x, x.shape[1:], layer.norm, None, layer.eps))
+            qk, v, hidden = split_swiglu(fused.view(rows, width, -1), block.sizes)
+            heads = (rows, width, -1, block.head_dim)
+            q, k = block.queries_and_keys(qk.view(heads), rope)
+            attended = block.attend(q, k, v.view(heads), bias, cache)
+            x = add_halves(layer, torch.cat((attended, hidden), -1).flatten(0, 1), x)
+        x = self.read_last(x.view(rows, width, -1), rope, cache)
+        cache.length += width
+        return F.layer_norm(x, x.shape[1:], self.norm, None, trunk.norm.eps)
+
+    def read_last(self, x: Tensor, rope: tuple[Tensor, ...], cache: PaLMCache) -> Tensor:
+        """The last block's results for the last tokens of x [B, T, D], of whose others it keeps keys and values."""
+        block, layer, shape = cast(Block, self.trunk.layers[-1]), self.layers[-1], self.shape
+        normed = F.layer_norm(x, x.shape[2:], layer.norm, None, layer.eps)
+        first, size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        kv = cast(PanelMatrix, layer.entry).part(normed.flatten(0, 1), first, first + 2 * size)
+        k, v = kv.view(*x.shape[:2], 2, shape.num_kv_heads, shape.head_dim).unbind(2)
+        (k,) = rotate(k if block.k_norm is None else block.k_norm(k), rope[-2:])
+        rope_last = [table[..., -1:, :, :].view(-1, 1, shape.head_dim) for table in rope]
+        q, _, _, gate, up = split(shape, layer, layer.entry(normed[:, -1]), rope_last)
+        seen = cache.bias_of(cache.length + x.shape[1])
+        attended = block.attend(q[:, None], k, v, None if seen is None else seen[:, None, None], cache)
+        return leave(layer, attended.squeeze(1), gate, up, x[:, -1])
+
     def step(self, tokens: Tensor, positions: Tensor | None, cache: PaLMCache) -> Tensor:
         """Hidden states [B, D] after tokens [B, 1]."""
-        trunk, run = self.trunk, _compiled() if self.compile else _run
+        trunk, blocks = self.trunk, compiled_run() if self.compile else run
         cache.cast(self.dtype)
         cache.reserve(1)
         rope = [table.view(-1, 1, self.shape.head_dim) for table in trunk.rope(tokens, None, positions, cache)]
         bias = cache.bias_of(cache.length + 1)
         x = F.embedding(tokens[:, 0], trunk.embedding.weight).to(self.dtype)
         start, place = cache.start, cache.start + cache.length
+        if self.whole is not None:
+            x = self.whole(x, rope, bias, cache.layers, start, place)
+            cache.length += 1
+            return x
         if self.native is not None:
             between = self.native.begin(x, rope, bias, start, place)
             for layer, slots in zip(self.layers, cache.layers, strict=True):
                 normed = F.layer_norm(x, x.shape[1:], layer.norm, None, layer.eps)
-                x = _add(layer, between(layer.entry(normed), *slots), x)
+                x = add_halves(layer, between(layer.entry(normed), *slots), x)
         else:
             bias = None if bias is None else bias[:, None, None]
-            x = run(self.shape, self.layers, x, rope, bias, cache.layers, start, place)
+            x = blocks(self.shape, self.layers, x, rope, bias, cache.layers, start, place)
         cache.length += 1
         return F.layer_norm(x, x.shape[1:], self.norm, None, trunk.norm.eps)
-
-
-def _run(
-    shape: _Shape,
-    layers: list[_Layer],
-    x: Tensor,
-    rope: list[Tensor],
-    bias: Tensor | None,
-    slots: list[tuple[Tensor, Tensor]],
-    start: int,
-    place: int,
-) -> Tensor:
-    """All blocks for one token a row.
-
-    Args:
-        shape: sizes of the blocks.
-        layers: their weights.
-        x: [B, D].
-        rope: rows of the rotary tables, [B or 1, 1, Dh].
-        bias: [B, 1, 1, S] added to the scores.
-        slots: each block's keys and values, [B or more, K, S or more, Dh]; whole, since `torch.compile` is not to be
-            given two views of memory of which it writes one.
-        start: the first slot in use.
-        place: the slot of this token, the last one in use.
-    """
-    for layer, (keys, values) in zip(layers, slots, strict=True):
-        fused = layer.entry(F.layer_norm(x, x.shape[1:], layer.norm, None, layer.eps))
-        q, k, v, gate, up = _split(shape, layer, fused, rope)
-        keys, values = keys[: len(x)], values[: len(x)]
-        # a slot as a slice: `torch.compile` would compile every single one anew
-        keys[:, :, place : place + 1], values[:, :, place : place + 1] = k[:, :, None], v[:, :, None]
-        # one query a row sees every slot: queries that share a key/value head become the rows of one product
-        q = q.reshape(len(q), keys.shape[1], -1, shape.head_dim)
-        seen = keys[:, :, start : place + 1], values[:, :, start : place + 1]
-        attended = F.scaled_dot_product_attention(q, *seen, attn_mask=bias).reshape(len(x), -1)
-        x = _leave(layer, attended, gate, up, x)
-    return x
-
-
-@functools.cache
-def _compiled() -> Callable[..., Tensor]:
-    """`_run` through `torch.compile`: once for a process, since weights are arguments; sizes are symbols.
-
-    Raises:
-        ValueError: there is no compiler.
-    """
-    check_compiler("engine.compile")
-    return torch.compile(_run, dynamic=True)
-
-
-def _split(shape: _Shape, layer: _Layer, fused: Tensor, rope: list[Tensor]) -> tuple[Tensor, ...]:
-    """q [B, H, Dh], k and v [B, K, Dh], normalised and rotated; the feed-forward's gate and up [B, F]."""
-    qk, v, gate, up = fused.split_with_sizes(shape.sizes, 1)
-    if qk.stride(1) != 1:  # thin_linear's layout, which suits the feed-forward but not attention
-        qk, v = qk.contiguous(), v.contiguous()
-    qk, v = qk.view(len(qk), -1, shape.head_dim), v.view(len(v), -1, shape.head_dim)
-    heads = shape.num_heads, shape.num_kv_heads
-    if layer.q_norm is None and layer.k_norm is None and not shape.xpos:
-        q, k = rotate(qk, rope, heads)
-    else:
-        q, k = qk.split_with_sizes(heads, 1)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = layer.q_norm(q), layer.k_norm(k)
-        (q,), (k,) = rotate(q, rope[:2]), rotate(k, rope[-2:])
-    return q, k, v, gate, up
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _leave(layer: _Layer, attended: Tensor, gate: Tensor, up: Tensor, x: Tensor) -> Tensor:
-    """x + both halves of a block, [B, D]."""
-    if len(layer.exit) == 2:
-        return layer.exit[1].add(F.silu(gate).mul_(up), layer.exit[0].add(attended, x))
-    return layer.exit[0].add(torch.cat((attended, F.silu(gate).mul_(up)), 1), x)
-
-
-def _add(layer: _Layer, inner: Tensor, x: Tensor) -> Tensor:
-    """The same of both halves side by side."""
-    if len(layer.exit) == 2:
-        attended, hidden = inner.split([matrix.weight.shape[1] for matrix in layer.exit], 1)
-        return layer.exit[1].add(hidden, layer.exit[0].add(attended, x))
-    return layer.exit[0].add(inner, x)

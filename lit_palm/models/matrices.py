@@ -25,7 +25,7 @@ from lit_palm.models.kernels import thin_linear
 from lit_palm.models.packed import multiplies_quickly, pack, packed_product, packs
 from lit_palm.models.products import Panels, native
 
-__all__ = ["Matrix", "Weights"]
+__all__ = ["Matrix", "PanelMatrix", "Weights"]
 
 Weights = Literal["bf16", "int8"]
 
@@ -130,6 +130,10 @@ class PanelMatrix(PackedMatrix):
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         return self.panels.product(x, residual)
+
+    def part(self, x: Tensor, first: int, last: int) -> Tensor:
+        """Columns [first, last) of the product."""
+        return self.panels.product(x, columns=(first, last))
 
     @cached_property
     def panels(self) -> Panels:

@@ -143,21 +143,29 @@ class Panels:
             b=self.memory.data_ptr(), n=outputs, k=inputs, a_row=inputs, c_row=outputs, b_packed=True
         )  # fmt: skip
 
-    def product(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def product(self, x: Tensor, residual: Tensor | None = None, columns: tuple[int, int] | None = None) -> Tensor:
         """x [N, I], of the weight's type or in float32, times the weight transposed, and a residual [N, O] added to it.
+
+        Args:
+            x: rows.
+            residual: of x's type.
+            columns: the first of O and the one after the last that are wanted; None: all.
 
         Returns:
             [N, O] of x's type.
         """
-        result = x.new_empty(len(x), self.outputs)
+        first, last = columns or (0, self.outputs)
+        start = first // COLUMNS  # in panels
+        result = x.new_empty(len(x), last - start * COLUMNS)
         given = _Product.from_buffer_copy(self.given)  # several threads may decode
         given.c_wide = x.dtype is torch.float32
         x = x.to(self.dtype).contiguous()
         residual = None if residual is None else residual.contiguous()
         given.a, given.m, given.c = x.data_ptr(), len(x), result.data_ptr()
+        given.b, given.n, given.c_row = self.memory[start].data_ptr(), result.shape[1], result.shape[1]
         given.add = None if residual is None else residual.data_ptr()
         self.function(ctypes.byref(given))
-        return result
+        return result[:, first - start * COLUMNS :]
 
 
 def large_linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

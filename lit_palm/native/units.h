@@ -28,6 +28,41 @@ inline Floats dot(Floats sum, float unit, Floats units) {
         return sum + unit * units;
 }
 
+#ifdef __AVX512F__
+
+// 16 rows of 16 units turned into columns
+inline void turn(__m512i (&x)[16]) {
+    __m512i y[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        y[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
+        y[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            x[4 * i + 2 * j] = _mm512_unpacklo_epi64(y[4 * i + j], y[4 * i + j + 2]);
+            x[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(y[4 * i + j], y[4 * i + j + 2]);
+        }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        y[j] = _mm512_shuffle_i32x4(x[j], x[4 + j], 0x88);
+        y[4 + j] = _mm512_shuffle_i32x4(x[j], x[4 + j], 0xdd);
+        y[8 + j] = _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0x88);
+        y[12 + j] = _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        x[j] = _mm512_shuffle_i32x4(y[j], y[8 + j], 0x88);
+        x[8 + j] = _mm512_shuffle_i32x4(y[j], y[8 + j], 0xdd);
+        x[4 + j] = _mm512_shuffle_i32x4(y[4 + j], y[12 + j], 0x88);
+        x[12 + j] = _mm512_shuffle_i32x4(y[4 + j], y[12 + j], 0xdd);
+    }
+}
+
+#endif
+
 #ifdef __AVX512BF16__
 
 template <>

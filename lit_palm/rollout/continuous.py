@@ -232,7 +232,7 @@ class Scheduler:
         part = now.tokens[:, now.place : end]
         where = {"mask": now.mask, "positions": now.positions, "cache": now.cache}
         with span("prefill"):
-            logits: Tensor = self.network(part, head=last_logits, **where)
+            logits: Tensor = self.quick(part, head=last_logits, **where)
         now.place += part.shape[1]
         if now.place < now.tokens.shape[1]:
             return None

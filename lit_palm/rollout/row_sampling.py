@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lit_palm.rollout.draw_native import draw
 from lit_palm.rollout.sampling import Sampling, nucleus_floor, sample
 
 __all__ = ["Draw", "RowSampling"]
@@ -78,6 +79,10 @@ class RowSampling:
         """
         scaled = logits if self.temperature is None else logits / self.temperature
         allowed = self.filtered(logits, scaled, steps, seen, counts)
+        plain = allowed is scaled and self.greedy is None and not self.all_greedy
+        if plain and (drawn := draw(scaled, uniforms)) is not None:
+            tokens, logps, norm = drawn
+            return Draw(tokens, logps, scaled, norm)
         peak = scaled.amax(1, keepdim=True)
         weights = (scaled - peak).exp_()
         norm = weights.sum(1, keepdim=True)

@@ -19,6 +19,7 @@ from torch._dynamo.testing import CompileCounter
 from lit_palm.models import PaLM, PaLMConfig, matrices
 from lit_palm.models import decoding as module
 from lit_palm.models.decoding import Decoding, decoding_form
+from lit_palm.models.decoding_step import run
 from lit_palm.models.kernels import last_logits
 from lit_palm.models.packed import packs
 from lit_palm.rollout.continuous_engine import ContinuousEngine
@@ -171,8 +172,8 @@ def test_eight_bits_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compiled_steps_share_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever slot of the cache they write, and however many rows there are."""
     counter = CompileCounter()
-    compiled = torch.compile(module._run, dynamic=True, backend=counter)
-    monkeypatch.setattr(module, "_compiled", lambda: compiled)
+    compiled = torch.compile(run, dynamic=True, backend=counter)
+    monkeypatch.setattr(module, "compiled_run", lambda: compiled)
     network = build()
     decode = decoding_form(network, Decoding(compile=True))
     for rows in (2, 3):

@@ -20,13 +20,14 @@ from lit_palm.models.decoding import Decoding, decoding_form
 from lit_palm.models.decoding_native import SOURCE, NativeStep
 from lit_palm.models.hardware import multiplies
 from lit_palm.models.layers import rotate
+from lit_palm.models.products import native as native_product
 from lit_palm.native import compiled, find_compiler
 from lit_palm.rollout.engine import CachedEngine
 from lit_palm.rollout.sampling import Sampling, row_seeds
 from tests.models.test_decoding import VOCAB, apart, build
 
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
-SHAPES = [(8, 1, 32), (6, 3, 32), (2, 2, 64), (4, 1, 64), (8, 2, 128), (3, 1, 256)]
+SHAPES = [(8, 1, 32), (6, 3, 32), (2, 2, 64), (4, 1, 64), (8, 2, 128), (3, 1, 256), (16, 1, 64)]
 
 
 @pytest.fixture
@@ -129,6 +130,25 @@ def test_decoding_is_the_network_s(kind: dict[str, Any], num_tokens: int | None)
         assert apart(network, Decoding(num_tokens=num_tokens), rows, padded, wide) < 2e-5
     half = copy.deepcopy(network).bfloat16()
     assert apart(half, Decoding(num_tokens=num_tokens), 3, True, copy.deepcopy(half).double()) < 0.2
+
+
+@pytest.mark.skipif(not native_product(torch.float32), reason="matrix products are torch's")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_all_blocks_in_one_call(kind: dict[str, Any], rows: int) -> None:
+    """In both types, and with weights rounded to bfloat16 under autocast; of 100 rows threads take some each."""
+    network = build(d_model=64, **kind)
+    form: Any = decoding_form(network, Decoding())
+    assert form.whole is not None and form.reads
+    assert apart(network, Decoding(), rows, rows > 1, copy.deepcopy(network).double()) < 2e-5
+    if native_product(torch.bfloat16):
+        half = copy.deepcopy(network).bfloat16()
+        rounded = copy.deepcopy(half).double()
+        assert apart(half, Decoding(), rows, rows > 1, rounded) < 0.2
+        with torch.autocast(network.norm.weight.device.type, torch.bfloat16):
+            assert decoding_form(network, Decoding()).whole.product is torch.bfloat16  # type: ignore[attr-defined]
+            assert 1e-5 < apart(network, Decoding(), rows, rows > 1) < 0.2
+        assert 1e-5 < apart(network, Decoding("bf16"), rows, rows > 1, rounded) < 0.2
 
 
 @pytest.mark.parametrize("kind", [{"xpos": True}, {"qk_norm": "l2"}, {"head_dim": 8}, {"d_ffn": 50}])
