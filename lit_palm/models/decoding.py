@@ -27,10 +27,11 @@ from lit_palm.models.adapted import View
 from lit_palm.models.base import Cache, Head, Network
 from lit_palm.models.cache import PaLMCache
 from lit_palm.models.decoding_native import NativeStep, WholeStep
-from lit_palm.models.decoding_step import Layer, Shape, add_halves, base_of, compiled_run, leave, run, split
+from lit_palm.models.decoding_prompts import read_prompts
+from lit_palm.models.decoding_step import Layer, Shape, add_halves, base_of, compiled_run, run
 from lit_palm.models.hardware import multiplies
-from lit_palm.models.kernels import last_logits, split_swiglu
-from lit_palm.models.layers import Linear, rotate
+from lit_palm.models.kernels import last_logits
+from lit_palm.models.layers import Linear
 from lit_palm.models.matrices import Matrix, PanelMatrix, Weights
 from lit_palm.models.palm import Block, PaLM
 
@@ -192,41 +193,10 @@ class _PaLMDecoder:
         return self.counted[rows]
 
     def read(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, cache: PaLMCache) -> Tensor:
-        """Hidden states [B, D] after the last of tokens [B, T], of which `mask` [B, T] is False at padding."""
-        trunk, (rows, width) = self.trunk, tokens.shape
-        x = F.embedding(tokens, trunk.embedding.weight).to(self.dtype)
-        if cache.length:
-            cache.cast(self.dtype)
-        cache.reserve(width)
-        if mask is not None:
-            cache.pad(mask, self.dtype)
-        rope = trunk.rope(tokens, mask, positions, cache)
-        bias = trunk.attention_bias(x, mask, None, cache)
-        x = x.flatten(0, 1)
-        for block, layer in zip(cast(list[Block], list(trunk.layers)[:-1]), self.layers, strict=False):
-            fused = layer.entry(F.layer_norm(x, x.shape[1:], layer.norm, None, layer.eps))
-            qk, v, hidden = split_swiglu(fused.view(rows, width, -1), block.sizes)
-            heads = (rows, width, -1, block.head_dim)
-            q, k = block.queries_and_keys(qk.view(heads), rope)
-            attended = block.attend(q, k, v.view(heads), bias, cache)
-            x = add_halves(layer, torch.cat((attended, hidden), -1).flatten(0, 1), x)
-        x = self.read_last(x.view(rows, width, -1), rope, cache)
-        cache.length += width
+        """Hidden states [B, D] after the last of tokens [B, T], of which `mask` [B, T] is False at left padding."""
+        trunk = self.trunk
+        x = read_prompts(trunk, self.shape, self.layers, tokens, mask, positions, cache, self.dtype)
         return F.layer_norm(x, x.shape[1:], self.norm, None, trunk.norm.eps)
-
-    def read_last(self, x: Tensor, rope: tuple[Tensor, ...], cache: PaLMCache) -> Tensor:
-        """The last block's results for the last tokens of x [B, T, D], of whose others it keeps keys and values."""
-        block, layer, shape = cast(Block, self.trunk.layers[-1]), self.layers[-1], self.shape
-        normed = F.layer_norm(x, x.shape[2:], layer.norm, None, layer.eps)
-        first, size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-        kv = cast(PanelMatrix, layer.entry).part(normed.flatten(0, 1), first, first + 2 * size)
-        k, v = kv.view(*x.shape[:2], 2, shape.num_kv_heads, shape.head_dim).unbind(2)
-        (k,) = rotate(k if block.k_norm is None else block.k_norm(k), rope[-2:])
-        rope_last = [table[..., -1:, :, :].view(-1, 1, shape.head_dim) for table in rope]
-        q, _, _, gate, up = split(shape, layer, layer.entry(normed[:, -1]), rope_last)
-        seen = cache.bias_of(cache.length + x.shape[1])
-        attended = block.attend(q[:, None], k, v, None if seen is None else seen[:, None, None], cache)
-        return leave(layer, attended.squeeze(1), gate, up, x[:, -1])
 
     def step(self, tokens: Tensor, positions: Tensor | None, cache: PaLMCache) -> Tensor:
         """Hidden states [B, D] after tokens [B, 1]."""
