@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lit_palm.models.base import Cache, Head, Network
 from lit_palm.models.huggingface_cache import HuggingFaceCache
 from lit_palm.models.huggingface_config import HuggingFaceConfig, read_architecture
+from lit_palm.models.layers import QuickLinear
 
 __all__ = ["HuggingFaceConfig", "HuggingFaceNetwork"]
 
@@ -44,6 +45,7 @@ class HuggingFaceNetwork(Network):
             raise ValueError("HuggingFaceConfig.vocab_size is not set: give it, or build through a module")
         self.config = config
         self.lm: Any = _make(config)
+        QuickLinear.take_over(self.lm)
         base, output = self.lm.base_model, self.lm.get_output_embeddings()
         if base is self.lm or not isinstance(output, nn.Linear) or output.bias is not None:
             raise ValueError(

@@ -301,6 +301,7 @@ class LitPolicy(LitModule):
         super().on_train_batch_start(batch, batch_idx)
         if self.rollouts is not None:  # its loader cannot log: what it found out is logged with its first minibatch
             self.rollouts.fit_epoch()
+            self.rollouts.check_step()
             for name, found in self.rollouts.pop_metrics().items():
                 self.log(name, found, batch_size=1, prog_bar=name in self.progress_metrics)
 

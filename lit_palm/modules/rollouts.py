@@ -60,6 +60,8 @@ class Rollouts:
         self.records: tuple[int, list[dict[str, Any]]] | None = None
         """Number and rows of the last collection."""
         self._most_batches = 0.0
+        self.only_step: int | None = None
+        """Steps before the only one that this collection was sampled for; None: there may be more."""
         objective, config = module.objective, module.rollout
         self.ahead = Ahead(module) if config.asynchronous else None
         if config.num_prompts % module.layout.size:
@@ -239,6 +241,19 @@ class Rollouts:
             and len(self.loader) <= module.trainer.accumulate_grad_batches
         )
 
+    def check_step(self) -> None:
+        """Called before every batch.
+
+        Raises:
+            RuntimeError: a second step would be made with a collection that was sampled for one.
+        """
+        if self.only_step is not None and self.module.trainer.global_step > self.only_step:
+            raise RuntimeError(
+                "a collection was sampled to be learned from in one step, without log-probabilities of the policy that "
+                "sampled, and a second would follow: trainer.accumulate_grad_batches has become smaller since. Set "
+                "model.rollout.old_logps to trainer"
+            )
+
     @property
     def trusts_engine(self) -> bool:
         """Whether the engine's log-probabilities stand in for those of a forward pass."""
@@ -274,6 +289,7 @@ class Rollouts:
             self.metrics |= importance_metrics(experience["old_logps"], engine, experience["loss_mask"], cap)
         if self.trusts_engine:
             experience["old_logps"] = engine
+        self.only_step = self.module.trainer.global_step if "old_logps" in needs and self.one_step else None
         if "old_logps" not in needs or self.one_step:
             experience.pop("old_logps", None)
         if "rollout_logps" in needs:

@@ -52,7 +52,14 @@ def lower_case(completions: list[str]) -> list[float]:
 
 
 def train(
-    objective: GRPO, folder: Path, collections: int = 8, reward: Any = lower_case, lr: float = 1e-2, **options: Any
+    objective: GRPO,
+    folder: Path,
+    collections: int = 8,
+    reward: Any = lower_case,
+    lr: float = 1e-2,
+    flags: dict[str, Any] | None = None,
+    callbacks: list[Callback] | None = None,
+    **options: Any,
 ) -> tuple[list[dict[str, float]], LitPolicy]:
     """Train a tiny PaLM from nothing; what was logged, and the policy."""
     path = folder / "prompts.jsonl"
@@ -69,7 +76,8 @@ def train(
         **options,
     )
     logged = Logged()
-    trainer = Trainer(max_epochs=collections, gradient_clip_val=1.0, callbacks=[logged], **QUIET)
+    flags = {**QUIET, "max_epochs": collections, "gradient_clip_val": 1.0, **(flags or {})}
+    trainer = Trainer(callbacks=[logged, *(callbacks or [])], **flags)
     trainer.fit(module, datamodule=PromptData(train=str(path), tokenizer="bytes"))
     return logged.collections, module
 
@@ -174,3 +182,18 @@ def test_one_step_a_collection_takes_its_own_probabilities(
         assert mine["objective/kl"] == pytest.approx(theirs["objective/kl"], abs=1e-4)
     for mine, theirs in zip(policy.networks["policy"].parameters(), other.networks["policy"].parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+
+
+def test_a_second_step_of_a_collection_sampled_for_one_is_refused(tmp_path: Path) -> None:
+    """Its log-probabilities would be compared with themselves, and no ratio ever leave 1."""
+
+    class Fewer(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+            trainer.accumulate_grad_batches = 1 if trainer.current_epoch else 2
+
+    rollout: dict[str, Any] = {"passes": 1, "minibatch_size": 32}
+    flags = {"accumulate_grad_batches": 2}
+    with pytest.raises(RuntimeError, match=r"learned from in one step.*rollout\.old_logps to trainer"):
+        train(GRPO(kl_coef=0.1), tmp_path, 3, rollout=rollout, flags=flags, callbacks=[Fewer()])
+    rollout["old_logps"] = "trainer"
+    train(GRPO(kl_coef=0.1), tmp_path, 3, rollout=rollout, flags=flags, callbacks=[Fewer()])
