@@ -130,11 +130,8 @@ class _PaLMDecoder:
         self.shape = Shape(block.sizes, block.num_heads, block.num_kv_heads, block.head_dim, block.xpos)
         self.compile = how.compile
         # between products activations are as wide as weights that were converted came in
-        self.dtype = (
-            own.dtype
-            if weights is None and multiplies(own, own.dtype)
-            else torch.promote_types(own.dtype, torch.float32)
-        )
+        wide = torch.promote_types(own.dtype, torch.float32)
+        self.dtype = own.dtype if weights is None and multiplies(own, own.dtype) else wide
         # what is compiled sees through products of torch's own only
         pack = not how.compile and (how.num_tokens is None or how.num_tokens >= FEWEST_TOKENS)
         self.layers = [Layer(block, weights, pack, self.dtype) for block in trunk.layers]
@@ -148,9 +145,9 @@ class _PaLMDecoder:
         self.norm = own.to(self.dtype)
         self.counted: dict[int, int] = {}
         (self.output,) = Matrix.of([trunk.embedding.weight], None if weights == "int8" else weights, pack)
-        matrices = [self.output, *(m for layer in self.layers for m in (layer.entry, *layer.exit))]
-        packed = [matrix.panels for matrix in matrices if isinstance(matrix, PanelMatrix)]
-        all_packed = len(packed) == len(matrices)
+        self.matrices = [self.output, *(m for layer in self.layers for m in (layer.entry, *layer.exit))]
+        packed = [matrix.panels for matrix in self.matrices if isinstance(matrix, PanelMatrix)]
+        all_packed = len(packed) == len(self.matrices)
         # weights that were converted on request are for completions alone
         self.reads = how.weights is None and all_packed
         self.whole: WholeStep | None = None
@@ -188,8 +185,7 @@ class _PaLMDecoder:
     def bytes_read(self, rows: int) -> int:
         """See `bytes_read_of`."""
         if rows not in self.counted:
-            matrices = [self.output, *(m for layer in self.layers for m in (layer.entry, *layer.exit))]
-            self.counted[rows] = sum(matrix.num_bytes(rows) for matrix in matrices)
+            self.counted[rows] = sum(matrix.num_bytes(rows) for matrix in self.matrices)
         return self.counted[rows]
 
     def read(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, cache: PaLMCache) -> Tensor:

@@ -117,7 +117,7 @@ class NativeStep:
         """
         out = x.new_empty(len(x), self.width)
         step, kept = self.given(x, rope, bias, start, place, out)
-        function, given, head_dim = self.function, ctypes.byref(step), self.head_dim
+        function, given, head_dim = self.function, ctypes.byref(step), ctypes.c_int64(self.head_dim)
 
         def run(fused: Tensor, keys: Tensor, values: Tensor, kept: Any = kept) -> Tensor:
             fused = fused.contiguous()
@@ -183,7 +183,8 @@ class WholeStep:
         fused, hidden = x.new_empty(rows, self.panels[0][0].outputs), torch.empty_like(x)
         step, kept = self.step.given(x, rope, bias, start, place, out)
         blocks = (_Block * len(slots))()
-        for block, norm, (entry, leave), (keys, values) in zip(blocks, self.norms, self.panels, slots, strict=False):
+        parts = zip(blocks, self.norms[:-1], self.panels, slots, strict=True)
+        for block, norm, (entry, leave), (keys, values) in parts:
             block.norm, block.entry, block.leave = norm.data_ptr(), entry.memory.data_ptr(), leave.memory.data_ptr()
             block.keys, block.values = keys.data_ptr(), values.data_ptr()
             block.row_stride, block.head_stride, _, _ = keys.stride()
@@ -194,6 +195,6 @@ class WholeStep:
         )  # fmt: skip
         names = {torch.float32: "whole_float32", torch.bfloat16: "whole_bfloat16"}
         name = names[product] if product is x.dtype else "whole_mixed"
-        getattr(compiled(SOURCE), name)(ctypes.byref(whole), self.step.head_dim)
+        getattr(compiled(SOURCE), name)(ctypes.byref(whole), ctypes.c_int64(self.step.head_dim))
         del kept
         return hidden

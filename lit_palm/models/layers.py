@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_palm.models.half import linear, product_type, widens
+from lit_palm.models.half import FEWEST, linear, product_type, widens
+from lit_palm.models.products import quick
 from lit_palm.models.rope_native import rotate_parts, rotates
 from lit_palm.models.weights import local
 
 __all__ = ["Linear", "Norm", "QKNorm", "QuickLinear", "rotate"]
 
-MANY_ROWS = 64
-"""Rows from which a product without gradients makes up for packing a weight."""
+WITHOUT_GRADIENTS = 64
+"""Rows from which a product that nothing is learned from makes up for packing a weight."""
 
 
 class Linear(nn.Linear):
@@ -43,10 +44,14 @@ class QuickLinear(nn.Linear):
                 module.__class__ = QuickLinear
 
     def forward(self, x: Tensor) -> Tensor:
-        # few rows of a step that samples would not pay for packing the weight
-        few = not torch.is_grad_enabled() and x.shape[:-1].numel() < MANY_ROWS
-        dtype = product_type(x)
-        if few or (dtype is not torch.float32 and not widens(x, dtype)):
+        dtype, rows = product_type(x), x.shape[:-1].numel()
+        packed = (
+            dtype is torch.float32
+            and (torch.is_grad_enabled() or rows >= WITHOUT_GRADIENTS)
+            and quick(x, self.weight, dtype)
+        )
+        wide = widens(x, dtype) and widens(self.weight, dtype) and rows >= FEWEST
+        if not (packed or wide):
             return super().forward(x)
         result = linear(x, self.weight)
         return result if self.bias is None else result + self.bias.to(result.dtype)

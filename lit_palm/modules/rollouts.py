@@ -60,8 +60,8 @@ class Rollouts:
         self.records: tuple[int, list[dict[str, Any]]] | None = None
         """Number and rows of the last collection."""
         self._most_batches = 0.0
-        self.only_step: int | None = None
-        """Steps before the only one that this collection was sampled for; None: there may be more."""
+        self._begun = -1, 0
+        """A collection that was sampled for one step, and the number of steps before it."""
         objective, config = module.objective, module.rollout
         self.ahead = Ahead(module) if config.asynchronous else None
         if config.num_prompts % module.layout.size:
@@ -242,12 +242,13 @@ class Rollouts:
         )
 
     def check_step(self) -> None:
-        """Called before every batch.
-
-        Raises:
-            RuntimeError: a second step would be made with a collection that was sampled for one.
-        """
-        if self.only_step is not None and self.module.trainer.global_step > self.only_step:
+        """Before every batch, refuse a second step of a collection that was sampled for one: `RuntimeError`."""
+        objective, buffer, step = self.module.objective, self.loader.buffer, self.module.trainer.global_step
+        if not objective.old_logps_dispensable or buffer is None or "old_logps" in buffer:
+            return
+        if self._begun[0] != self.loader.collection:  # perhaps in the midst of it, from a checkpoint
+            self._begun = self.loader.collection, step
+        elif step > self._begun[1]:
             raise RuntimeError(
                 "a collection was sampled to be learned from in one step, without log-probabilities of the policy that "
                 "sampled, and a second would follow: trainer.accumulate_grad_batches has become smaller since. Set "
@@ -289,7 +290,6 @@ class Rollouts:
             self.metrics |= importance_metrics(experience["old_logps"], engine, experience["loss_mask"], cap)
         if self.trusts_engine:
             experience["old_logps"] = engine
-        self.only_step = self.module.trainer.global_step if "old_logps" in needs and self.one_step else None
         if "old_logps" not in needs or self.one_step:
             experience.pop("old_logps", None)
         if "rollout_logps" in needs:

@@ -352,7 +352,7 @@ void run_whole(const Whole<T, P>& w) {
     leave.a = s.out, leave.c = w.x, leave.n = leave.c_row = w.width, leave.k = leave.a_row = inside;
     leave.add = w.x;  // each number is read where it is then written
     entry.m = leave.m = s.rows, entry.c_wide = leave.c_wide = sizeof(T) == 4;
-#pragma omp parallel
+#pragma omp parallel if (s.rows * w.width * (wide + inside) > 1 << 18)
     {
         std::vector<float> scores;
         Step<T, P> own = s;

@@ -42,7 +42,7 @@ class Scheduler:
 
     Args:
         network: in evaluation mode; its cache must be able to `join` and `trim`. Its weights change by
-            `change_weights` alone: where that is quicker, rows decode with a copy of them (`lit_palm.models.decoding`).
+            `change_weights` alone: where that is quicker, a copy of them is in use (`lit_palm.models.decoding`).
         pad_id: an id to fill shorter rows with; it is never attended to.
         eos_id: the id that ends a completion; None: there is none.
         decode: ids -> text; needed for stop texts.

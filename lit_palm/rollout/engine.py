@@ -16,10 +16,10 @@ from torch import Tensor
 from lit_palm.models.base import Network
 from lit_palm.models.decoding import Decode, Decoding, Weights, bytes_read_of, decoding_form
 from lit_palm.models.kernels import last_logits
-from lit_palm.rollout.draw_native import draw
+from lit_palm.rollout.draw import draw
 from lit_palm.rollout.endings import NOT_FINITE, Ending
 from lit_palm.rollout.engine_base import Engine, Generation, check_limits, check_request
-from lit_palm.rollout.sampling import Sampling, filter_logits, sample, uniform
+from lit_palm.rollout.sampling import Sampling, filter_logits, uniform
 from lit_palm.timing import span
 from lit_palm.types import has_float64
 
@@ -189,25 +189,15 @@ class _Batch:
         allowed = filter_logits(logits, sampling, self.seen, self.counts) if sampling.filtered else scaled
         if step < sampling.min_new_tokens and self.eos_id is not None:
             allowed = filter_logits(self.without_eos(logits), sampling, self.seen, self.counts)
-        plain = allowed is scaled and not sampling.greedy
-        if plain and (drawn := draw(scaled, self.uniforms[:, step])) is not None:
-            tokens, logps, _ = drawn
+        if sampling.greedy:
+            tokens, logps, _ = draw(scaled, None, chosen=allowed.argmax(1))
         else:
-            peak = scaled.amax(1, keepdim=True)
-            weights = (scaled - peak).exp_()
-            norm = weights.sum(1)
-            if sampling.greedy:
-                tokens = allowed.argmax(1)
-            else:
-                if allowed is not scaled:
-                    weights = (allowed - allowed.amax(1, keepdim=True)).exp_()
-                tokens = sample(weights, self.uniforms[:, step])
-            logps = (scaled.gather(1, tokens[:, None]) - peak).squeeze(1) - norm.log()
+            tokens, logps, _ = draw(scaled, self.uniforms[:, step], allowed)
         if self.seen is not None:
             self.seen[torch.arange(len(tokens), device=self.device), tokens] = True
         if self.counts is not None:
             self.counts.scatter_add_(1, tokens[:, None], torch.ones_like(self.counts[:, :1]))
-        return tokens, logps.float()
+        return tokens, logps
 
     def without_eos(self, logits: Tensor) -> Tensor:
         """The logits with EOS excluded."""

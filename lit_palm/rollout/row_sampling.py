@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lit_palm.rollout.draw_native import draw
-from lit_palm.rollout.sampling import Sampling, nucleus_floor, sample
+from lit_palm.rollout.draw import draw
+from lit_palm.rollout.sampling import Sampling, nucleus_floor
 
 __all__ = ["Draw", "RowSampling"]
 
@@ -79,23 +79,11 @@ class RowSampling:
         """
         scaled = logits if self.temperature is None else logits / self.temperature
         allowed = self.filtered(logits, scaled, steps, seen, counts)
-        plain = allowed is scaled and self.greedy is None and not self.all_greedy
-        if plain and (drawn := draw(scaled, uniforms)) is not None:
-            tokens, logps, norm = drawn
-            return Draw(tokens, logps, scaled, norm)
-        peak = scaled.amax(1, keepdim=True)
-        weights = (scaled - peak).exp_()
-        norm = weights.sum(1, keepdim=True)
-        if self.all_greedy:
-            tokens = allowed.argmax(1)
-        else:
-            if allowed is not scaled:
-                weights = (allowed - allowed.amax(1, keepdim=True)).exp_()
-            tokens = sample(weights, uniforms)
-            if self.greedy is not None:
-                tokens = torch.where(self.greedy, allowed.argmax(1), tokens)
-        logps = ((scaled.gather(1, tokens[:, None]) - peak) - norm.log()).squeeze(1)
-        return Draw(tokens, logps.float(), scaled, peak + norm.log())
+        chosen = None if self.greedy is None and not self.all_greedy else allowed.argmax(1)
+        if chosen is not None and self.greedy is not None:
+            chosen.masked_fill_(~self.greedy, -1)
+        tokens, logps, norm = draw(scaled, None if self.all_greedy else uniforms, allowed, chosen)
+        return Draw(tokens, logps, scaled, norm)
 
     def filtered(
         self, logits: Tensor, scaled: Tensor, steps: Sequence[int], seen: Tensor | None, counts: Tensor | None

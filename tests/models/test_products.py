@@ -145,6 +145,15 @@ def test_packed_weights_multiply_few_rows(dtype: torch.dtype, wide: bool, rows: 
 
 
 @pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("columns", [(0, 300), (0, 1), (64, 128), (96, 200), (104, 105), (288, 300)])
+def test_some_columns_are_those_of_the_whole(dtype: torch.dtype, columns: tuple[int, int]) -> None:
+    """Bit by bit, wherever they lie in a panel."""
+    weight, x = torch.randn(300, 96).to(dtype), torch.randn(130, 96).to(dtype)
+    panels, (first, last) = Panels(weight, dtype), columns
+    assert torch.equal(panels.product(x, columns=columns), panels.product(x)[:, first:last])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
 def test_numbers_that_are_none_are_kept(dtype: torch.dtype) -> None:
     """Infinity and NaN reach their own row and no other, also where a tile goes beyond the last row."""
     x, weight = torch.ones(9, 34).to(dtype), torch.ones(33, 34).to(dtype)

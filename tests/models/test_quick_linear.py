@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lit_palm.models import half, products
 from lit_palm.models.huggingface import HuggingFaceConfig
-from lit_palm.models.layers import MANY_ROWS, QuickLinear
+from lit_palm.models.layers import WITHOUT_GRADIENTS, QuickLinear
+from lit_palm.models.products import native
 
 
 class Own(nn.Linear):
@@ -22,7 +24,7 @@ def network(bias: bool) -> nn.Sequential:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [1, 2 * MANY_ROWS])
+@pytest.mark.parametrize("rows", [1, 2 * WITHOUT_GRADIENTS])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_results_and_gradients(bias: bool, rows: int, autocast: bool) -> None:
     """float32 sums of up to 128 terms of about 1: 1e-5; bfloat16 rounds results, weights and gradients to 2**-8."""
@@ -49,6 +51,37 @@ def test_results_and_gradients(bias: bool, rows: int, autocast: bool) -> None:
     for found, expected in zip(results(quick, x), results(wide, x.double()), strict=True):
         assert found.dtype is torch.float32 or autocast
         torch.testing.assert_close(found.double(), expected, rtol=limit, atol=limit)
+
+
+def test_many_rows_are_multiplied_by_our_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gradients from 8 rows on, without from as many as make up for packing the weight."""
+    if not native(torch.float32):
+        pytest.skip("matrix products are torch's here")
+    quick, calls, multiply = network(True), [], products._multiply
+    QuickLinear.take_over(quick)
+    monkeypatch.setattr(products, "_multiply", lambda *given: (calls.append(1), multiply(*given))[1])
+    quick(torch.randn(products.FEWEST_ROWS - 1, 64))
+    with torch.no_grad():
+        quick(torch.randn(WITHOUT_GRADIENTS - 1, 64))
+    assert not calls
+    quick(torch.randn(products.FEWEST_ROWS, 64)).sum().backward()
+    assert len(calls) == 5  # two forward; of the second layer two gradients, of the first the weight's
+    with torch.no_grad():
+        quick(torch.randn(WITHOUT_GRADIENTS, 64))
+    assert len(calls) == 7
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_sixteen_bits_without_instructions_for_them(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Computed in float32 and rounded, once for the product and once for the bias: 2**-7 of numbers up to 4."""
+    monkeypatch.setattr(half, "multiplies", lambda x, dtype: dtype is torch.float32)
+    quick = network(bias).bfloat16()
+    wide = copy.deepcopy(quick).double()
+    QuickLinear.take_over(quick)
+    x = torch.randn(half.FEWEST, 64).bfloat16()
+    made = quick[0](x)
+    assert made.dtype is torch.bfloat16
+    torch.testing.assert_close(made.double(), wide[0](x.double()), rtol=2**-7, atol=2**-7)
 
 
 def test_a_network_of_transformers_has_them() -> None:

@@ -104,7 +104,8 @@ def start(folder: Path, precision: Any = "32-true", kind: Any = None, **options:
 def test_the_first_ratio_is_one_in_every_precision(precision: str, bound: float, tmp_path: Path) -> None:
     module, log_ratio = start(tmp_path, precision)
     assert log_ratio <= bound
-    assert module.trainer.callback_metrics["objective/kl"].abs().item() < 1e-6, "the policy is its reference at first"
+    # the engine's log-probabilities against training's, each token's rounded to 2e-7, summed over a completion
+    assert module.trainer.callback_metrics["objective/kl"].abs().item() < 5e-6, "the policy is its reference at first"
     dtype = {"64-true": torch.float64, "bf16-true": torch.bfloat16}.get(precision, torch.float32)
     assert next(module.networks.parameters()).dtype == dtype
 

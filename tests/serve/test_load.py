@@ -39,7 +39,8 @@ def expected(offline: Offline, heard: list[Heard]) -> list[list[int]]:
 
 def tied(offline: Offline, one: Heard, tokens: list[int]) -> bool:
     """Whether both went on from a uniform number that lies within rounding of the border between two tokens."""
-    step = next(i for i, pair in enumerate(zip(one.tokens, tokens, strict=False)) if pair[0] != pair[1])
+    step = next((i for i, pair in enumerate(zip(one.tokens, tokens, strict=False)) if pair[0] != pair[1]), None)
+    assert step is not None, f"one goes on where the other ends: {one}, {tokens}"
     with torch.no_grad():
         logits = offline.network(torch.tensor([offline.ids(one.prompt) + tokens[:step]]))[0, -1]
     border = logits.double().softmax(0).cumsum(0)[min(one.tokens[step], tokens[step])]

@@ -58,6 +58,7 @@ def train(
     reward: Any = lower_case,
     lr: float = 1e-2,
     flags: dict[str, Any] | None = None,
+    ckpt_path: Path | None = None,
     callbacks: list[Callback] | None = None,
     **options: Any,
 ) -> tuple[list[dict[str, float]], LitPolicy]:
@@ -78,7 +79,7 @@ def train(
     logged = Logged()
     flags = {**QUIET, "max_epochs": collections, "gradient_clip_val": 1.0, **(flags or {})}
     trainer = Trainer(callbacks=[logged, *(callbacks or [])], **flags)
-    trainer.fit(module, datamodule=PromptData(train=str(path), tokenizer="bytes"))
+    trainer.fit(module, datamodule=PromptData(train=str(path), tokenizer="bytes"), ckpt_path=ckpt_path)
     return logged.collections, module
 
 
@@ -197,3 +198,19 @@ def test_a_second_step_of_a_collection_sampled_for_one_is_refused(tmp_path: Path
         train(GRPO(kl_coef=0.1), tmp_path, 3, rollout=rollout, flags=flags, callbacks=[Fewer()])
     rollout["old_logps"] = "trainer"
     train(GRPO(kl_coef=0.1), tmp_path, 3, rollout=rollout, flags=flags, callbacks=[Fewer()])
+
+
+def test_nor_after_resuming_in_its_midst(tmp_path: Path) -> None:
+    """What was sampled for one step lies in the checkpoint; fewer batches a step would make two of it."""
+
+    class Midst(Callback):
+        def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.current_epoch == 1 and batch_idx == 0:
+                trainer.save_checkpoint(tmp_path / "midst.ckpt")
+
+    rollout: dict[str, Any] = {"passes": 1, "minibatch_size": 32}
+    train(GRPO(kl_coef=0.1), tmp_path, 2, rollout=rollout, flags={"accumulate_grad_batches": 2}, callbacks=[Midst()])
+    resumed = {"rollout": rollout, "ckpt_path": tmp_path / "midst.ckpt"}
+    train(GRPO(kl_coef=0.1), tmp_path, 2, flags={"accumulate_grad_batches": 2}, **resumed)
+    with pytest.raises(RuntimeError, match=r"learned from in one step"):
+        train(GRPO(kl_coef=0.1), tmp_path, 2, flags={"accumulate_grad_batches": 1}, **resumed)
