@@ -16,6 +16,7 @@ is. Which form is taken depends on the processor, types, shapes and settings, ne
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -172,7 +173,8 @@ class _PaLMDecoder:
         if prompt and not (self.reads and cache is not None and head is last_logits and fits):
             return self.network(tokens, mask=mask, positions=positions, cache=cache, head=head)
         assert isinstance(cache, PaLMCache), "a PaLM decodes with the cache of its own new_cache"
-        with torch.autocast(tokens.device.type, enabled=False):
+        kind = tokens.device.type
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
             hidden = self.read(tokens, mask, positions, cache) if prompt else self.step(tokens, positions, cache)
             if head is last_logits:
                 logits = self.output(hidden * self.trunk.logit_scale)

@@ -58,10 +58,7 @@ class _Step(ctypes.Structure):
 class _Block(ctypes.Structure):
     """`Block` of decoding.cpp."""
 
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("norm", "entry", "leave", "keys", "values")),
-        *((name, ctypes.c_int64) for name in ("row_stride", "head_stride")),
-    ]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("norm", "entry", "leave", "keys", "values")]
 
 
 class _Whole(ctypes.Structure):
@@ -157,7 +154,9 @@ class WholeStep:
     ) -> None:
         self.step, self.eps, self.panels = step, eps, [(entry, leave) for _, entry, leave in blocks]
         self.norms = [weight.float().contiguous() for weight in (*(weight for weight, _, _ in blocks), norm)]
-        self.product = blocks[0][1].dtype
+        self.product, self.blocks = blocks[0][1].dtype, (_Block * len(blocks))()
+        for block, weight, (entry, leave) in zip(self.blocks, self.norms[:-1], self.panels, strict=True):
+            block.norm, block.entry, block.leave = weight.data_ptr(), entry.memory.data_ptr(), leave.memory.data_ptr()
 
     @staticmethod
     def can(width: int, dtype: torch.dtype, panels: Sequence[Panels]) -> bool:
@@ -182,12 +181,10 @@ class WholeStep:
         out, normed = (x.new_empty(rows, width, dtype=product) for width in (self.step.width, x.shape[1]))
         fused, hidden = x.new_empty(rows, self.panels[0][0].outputs), torch.empty_like(x)
         step, kept = self.step.given(x, rope, bias, start, place, out)
-        blocks = (_Block * len(slots))()
-        parts = zip(blocks, self.norms[:-1], self.panels, slots, strict=True)
-        for block, norm, (entry, leave), (keys, values) in parts:
-            block.norm, block.entry, block.leave = norm.data_ptr(), entry.memory.data_ptr(), leave.memory.data_ptr()
+        step.row_stride, step.head_stride, _, _ = slots[0][0].stride()
+        blocks = type(self.blocks).from_buffer_copy(self.blocks)  # several threads may decode
+        for block, (keys, values) in zip(blocks, slots, strict=True):
             block.keys, block.values = keys.data_ptr(), values.data_ptr()
-            block.row_stride, block.head_stride, _, _ = keys.stride()
         whole = _Whole(
             step=step, x=x.data_ptr(), hidden=hidden.data_ptr(), normed=normed.data_ptr(), fused=fused.data_ptr(),
             blocks=ctypes.addressof(blocks), num_blocks=len(blocks), width=x.shape[1],

@@ -304,13 +304,12 @@ struct Block {
     const float* norm;            // [width]
     const float *entry, *leave;   // panels of the weights into `fused` and from `out`
     T *keys, *values;
-    int64_t row_stride, head_stride;
 };
 
 // All blocks and the norm after them
 template <typename T, typename P>
 struct Whole {
-    Step<T, P> step;      // save `fused`, and what each block has of its own
+    Step<T, P> step;      // save `fused`, keys and values
     T* x;                 // [rows, width], becomes what the last block gives
     T* hidden;            // [rows, width]: the same, normalised
     P* normed;            // [rows, width] to work in
@@ -360,7 +359,6 @@ void run_whole(const Whole<T, P>& w) {
         for (int64_t i = 0; i < w.num_blocks; i++) {
             const Block<T>& block = w.blocks[i];
             own.keys = block.keys, own.values = block.values;
-            own.row_stride = block.row_stride, own.head_stride = block.head_stride;
             normalise(w, block.norm, w.normed);
             by_panels<P>(entry, 0, pieces(entry.n, COLUMNS), block.entry);
             between<T, P, D>(own, scores);
