@@ -38,7 +38,7 @@ inline void store_as(P* to, Pair x) {
 
 // Bytes that are asked for ahead of use: many rows' keys and values are in memory far away, a few kilobytes in a place,
 // which is too short for the processor to read ahead by itself
-constexpr int64_t AHEAD = 4096;
+constexpr int64_t AHEAD = 8192;
 
 template <int COUNT, typename T>
 inline void ask(const T* from) {
@@ -156,7 +156,7 @@ void attend(const Step<T, P>& s, int64_t row, int64_t shared, int64_t head, floa
 template <int D, int G>
 void attend_units(const Step<bfloat16, bfloat16>& s, int64_t row, int64_t shared, int64_t head, float* scores) {
     using T = bfloat16;
-    constexpr int64_t AHEAD = 4 * W;
+    constexpr int64_t TOKENS_AHEAD = AHEAD / (sizeof(T) * D);
     const T* fused = s.fused + row * ((s.heads + 2 * s.kv_heads) * D + 2 * s.inner);
     const int64_t past = s.place - s.start, seen = past + 1, padded = (seen + W - 1) / W * W, whole = past / W * W;
     T *keys = s.keys + row * s.row_stride + shared * s.head_stride + s.start * D;
@@ -176,8 +176,8 @@ void attend_units(const Step<bfloat16, bfloat16>& s, int64_t row, int64_t shared
     const float scale = 1 / std::sqrt(float(D));
     for (int64_t n = 0; n < padded; n += W) {
         const T* from = n < whole ? keys + n * D : *last;
-        // then come the values
-        const T* later = n + AHEAD < padded ? keys + (n + AHEAD) * D : values + (n + AHEAD - padded) * D;
+        const int64_t at = n + TOKENS_AHEAD;
+        const T* later = at < padded ? keys + at * D : values + (at - padded) * D;  // after the keys come the values
         Floats found[G] = {};
         for (int c = 0; c < D / 2; c += W) {
             __m512i x[16];
@@ -214,7 +214,7 @@ void attend_units(const Step<bfloat16, bfloat16>& s, int64_t row, int64_t shared
         Floats found[G][2] = {};
         const auto add = [&](int64_t unit, const T* first, const T* second) {
             const __m512i a = _mm512_loadu_si512(first + d), b = _mm512_loadu_si512(second + d);
-            const int64_t at = 2 * unit + AHEAD;
+            const int64_t at = 2 * unit + TOKENS_AHEAD;
             const T* later = (at < seen ? values + at * D : keys + s.row_stride + (at - seen) * D) + d;
             __builtin_prefetch(later);
             __builtin_prefetch(later + D);

@@ -132,8 +132,8 @@ def start(checkpoint: Path) -> Iterator[Callable[..., Server]]:
     pytest.importorskip("litserve")
     running: list[Server] = []
 
-    def begin(*arguments: str, **environment: str) -> Server:
-        running.append(Server(checkpoint, *arguments, **environment))
+    def begin(*arguments: str, served: Path = checkpoint, **environment: str) -> Server:
+        running.append(Server(served, *arguments, **environment))
         return running[-1]
 
     yield begin

@@ -21,7 +21,7 @@ from lit_palm.cli import main
 from lit_palm.data.templates import encode_chat
 from lit_palm.rollout.engine import CachedEngine
 from lit_palm.rollout.sampling import Sampling, row_seeds
-from tests.serve.conftest import Offline, Server
+from tests.serve.conftest import Offline, Server, write_checkpoint
 
 openai = pytest.importorskip("openai")
 
@@ -314,10 +314,14 @@ def test_a_key_is_asked_for(locked: Server) -> None:
     assert post(server, "/health", None, method="GET")[0] == 200  # for those that watch over it
 
 
-def test_a_full_queue_and_a_client_that_leaves(start: Callable[..., Server], offline: Offline) -> None:
-    server = start("--max_batch_size", "1", "--max_queue", "1", "--model_id", "one/row", "--drain_seconds", "0")
+def test_a_full_queue_and_a_client_that_leaves(start: Callable[..., Server], tmp_path: Path) -> None:
+    # seconds for a completion, wherever this runs
+    served = write_checkpoint(tmp_path / "slow", d_model=256, num_layers=12, max_length=4096)
+    offline = Offline(served)
+    arguments = "--max_batch_size", "1", "--max_queue", "1", "--model_id", "one/row", "--drain_seconds", "0"
+    server = start(*arguments, served=served)
     client = server.client()
-    long = {"model": "one/row", "prompt": "a", "max_tokens": 250, "extra_body": {"min_tokens": 250}}
+    long = {"model": "one/row", "prompt": "a", "max_tokens": 4000, "extra_body": {"min_tokens": 4000}}
     running = client.completions.create(**long, stream=True)
     next(iter(running))
     waiting = client.completions.create(**long, stream=True)
@@ -326,14 +330,14 @@ def test_a_full_queue_and_a_client_that_leaves(start: Callable[..., Server], off
     assert full.value.code == "queue_full" and int(full.value.response.headers["retry-after"]) >= 1
     with pytest.raises(openai.BadRequestError, match="3 completions at once"):
         client.completions.create(**long, n=3)
-    # who waits gets its turn when who runs has gone, well before that one's 250 tokens
+    # who waits gets its turn when who runs has gone, well before that one's 4,000 tokens
     running.close()
     first = next(iter(waiting))
     assert first.choices[0].text is not None
     waiting.close()
     # a client that does not stream leaves too
     with socket.create_connection(("127.0.0.1", server.port)) as raw:
-        body = json.dumps({**{k: v for k, v in long.items() if k != "extra_body"}, "min_tokens": 250}).encode()
+        body = json.dumps({**{k: v for k, v in long.items() if k != "extra_body"}, "min_tokens": 4000}).encode()
         raw.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
             + str(len(body)).encode()
