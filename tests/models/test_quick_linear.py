@@ -42,7 +42,6 @@ def test_results_and_gradients(bias: bool, rows: int, autocast: bool) -> None:
             y = made(x)
             with torch.no_grad():
                 assert torch.allclose(made(x).double(), y.double(), atol=0.1 if autocast else 1e-5)
-        assert y.dtype is made(x).dtype or autocast
         (y.double() ** 2).mean().backward()
         gradients = [parameter.grad for parameter in made.parameters()]
         return [y, *(g for g in (x.grad, *gradients) if g is not None)]
