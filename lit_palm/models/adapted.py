@@ -13,7 +13,6 @@ pass, though another may have been active in between.
 from __future__ import annotations
 
 import functools
-import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,30 +23,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lit_palm.models.base import Cache, Network, ScalarNetwork
-from lit_palm.models.lora import LoRA, is_transposed, merge, targets_of
+from lit_palm.models.lora import LoRA, is_transposed, merge, split_name, targets_of
 
-__all__ = ["PARTS", "AdaptedNetwork", "Head", "ScalarView", "View", "is_view", "sampling_from", "split_name"]
-
-PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")
-"""What peft calls the weights of an adapter."""
-
-_NAME = re.compile(rf"(?:.*\.)?trunk\.(?P<layer>.+)\.(?P<part>{'|'.join(PARTS)})\.(?P<role>\w+)\.(?P<own>weight|bias)")
-_HEAD = re.compile(r"(?:.*\.)?heads\.(?P<role>\w+)\.(?P<own>.+)")
+__all__ = ["AdaptedNetwork", "Head", "ScalarView", "View", "is_view", "sampling_from"]
 
 Pooling = Literal["last", "mean"]
-
-
-def split_name(name: str) -> tuple[str, str] | None:
-    """The role that a weight of an `AdaptedNetwork` belongs to, and its name there; None of the trunk's own.
-
-    `trunk.layers.0.attn_out.lora_A.policy.weight` is the policy's `layers.0.attn_out.lora_A.weight`, and
-    `heads.value.head.bias` the value's `head.bias`.
-    """
-    if found := _NAME.fullmatch(name):
-        return found["role"], f"{found['layer']}.{found['part']}.{found['own']}"
-    if found := _HEAD.fullmatch(name):
-        return found["role"], found["own"]
-    return None
 
 
 class Head(nn.Module):
@@ -134,7 +114,7 @@ class AdaptedNetwork(Network):
         originals = [weight.data for weight in weights]
         try:
             for layer, weight in zip(layers, weights, strict=True):
-                weight.data = self._whole(layer, weight.data, role)
+                weight.data = self.whole(layer, role)
             self.merged_role = role
             yield
         finally:
@@ -142,8 +122,12 @@ class AdaptedNetwork(Network):
             for weight, original in zip(weights, originals, strict=True):
                 weight.data = original
 
-    def _whole(self, layer: Any, weight: Tensor, role: str) -> Tensor:
-        """The matrix of a layer with the adapter of a role in it."""
+    @torch.no_grad()
+    def whole(self, layer: Any, role: str) -> Tensor:
+        """The matrix of a linear layer of the trunk with the adapter of a role in it, if it has one."""
+        weight: Tensor = getattr(layer, "base_layer", layer).weight.detach()
+        if role not in getattr(layer, "lora_A", ()):
+            return weight
         lora = self.adapters[role]
         magnitude = layer.lora_magnitude_vector[role].weight if lora.dora else None
         a, b = layer.lora_A[role].weight, layer.lora_B[role].weight
@@ -230,6 +214,8 @@ class AdaptedNetwork(Network):
 def _inject(trunk: Network, role: str, lora: LoRA, targets: list[str]) -> None:
     import peft
 
+    from lit_palm.models.adapted_linear import AdaptedLinear  # which needs peft
+
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
@@ -242,6 +228,7 @@ def _inject(trunk: Network, role: str, lora: LoRA, targets: list[str]) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         peft.inject_adapter_in_model(config, trunk, role, low_cpu_mem_usage=True)
+    AdaptedLinear.take_over(trunk)
 
 
 def _recompute(network: AdaptedNetwork, again: Callable[..., Any], function: Any, *args: Any, **options: Any) -> Any:

@@ -9,8 +9,10 @@ for queries, keys, values and feed-forward, one for the output of both halves wi
 packed for the processor where enough tokens will be decoded to pay for it. Prompts go to the network itself, save where
 packed matrices serve them as well: packing them again takes as long as multiplying some 64 tokens.
 
-Any other network (of Hugging Face, with adapters that are not merged, quantised, spread over processes) decodes as it
-is. Which form is taken depends on the processor, types, shapes and settings, never on timing: a run can be repeated.
+An adapter is put into the copies that packing or converting makes of the matrices, so that it costs nothing there.
+
+Any other network (of Hugging Face, with adapters where no copies are made, quantised, spread over processes) decodes as
+it is. Which form is taken depends on the processor, types, shapes and settings, never on timing: a run can be repeated.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -29,12 +32,13 @@ from lit_palm.models.base import Cache, Head, Network
 from lit_palm.models.cache import PaLMCache
 from lit_palm.models.decoding_native import NativeStep, WholeStep
 from lit_palm.models.decoding_prompts import read_prompts
-from lit_palm.models.decoding_step import Layer, Shape, add_halves, base_of, compiled_run, run
+from lit_palm.models.decoding_step import Layer, Shape, add_halves, base_of, base_weight, compiled_run, run
 from lit_palm.models.hardware import multiplies
 from lit_palm.models.kernels import last_logits
 from lit_palm.models.layers import Linear
 from lit_palm.models.matrices import Matrix, PanelMatrix, Weights
 from lit_palm.models.palm import Block, PaLM
+from lit_palm.models.products import native
 
 __all__ = ["Decode", "Decoding", "Weights", "bytes_read_of", "decoding_form"]
 
@@ -56,6 +60,11 @@ class Decoding:
     num_tokens: int | None = None
     """Most tokens a row; None: no end is known."""
 
+    @property
+    def packs(self) -> bool:
+        """Whether packing the weights pays; what is compiled sees through products of torch's own only."""
+        return not self.compile and (self.num_tokens is None or self.num_tokens >= FEWEST_TOKENS)
+
 
 def decoding_form(network: Network, how: Decoding) -> Decode:
     """What to call instead of a network, to decode with the weights that it has now.
@@ -68,22 +77,42 @@ def decoding_form(network: Network, how: Decoding) -> Decode:
         ValueError: the settings ask for what this network cannot be given, or for a package or compiler that is not
             installed.
     """
-    trunk = _trunk(network)
+    trunk, role = _trunk(network)
+    if trunk is not None and role is not None and not _copies(trunk, how):
+        trunk = None
     if trunk is None:
         for name, value in (("weights", how.weights), ("compile", how.compile)):
             if value:
                 raise ValueError(
                     f"engine.{name} is {value}, which is for a PaLM that is whole on every process, its adapters "
-                    f"merged; this is a {type(network).__name__} that is not: leave {name} out"
+                    f"merged (lora.merge_to_sample); this is a {type(network).__name__} that is not: leave {name} out"
                 )
         return network
-    kind = trunk.norm.weight.device.type
-    working, weights = trunk.norm.weight.dtype, how.weights
-    if torch.is_autocast_enabled(kind) and weights is None:
-        if torch.get_autocast_dtype(kind) is not torch.bfloat16 or working is not torch.float32:
+    weights = how.weights
+    if weights is None and _autocasts(trunk):
+        if _product_type(trunk, how) is not torch.bfloat16 or trunk.norm.weight.dtype is not torch.float32:
             return network
         weights = "bf16"
-    return _PaLMDecoder(network, trunk, how, weights)
+    return _PaLMDecoder(network, trunk, how, weights, role)
+
+
+def _autocasts(trunk: PaLM) -> bool:
+    return torch.is_autocast_enabled(trunk.norm.weight.device.type)
+
+
+def _product_type(trunk: PaLM, how: Decoding) -> torch.dtype:
+    """What matrices are multiplied in; of weights of 8 bits what they are made from."""
+    own = trunk.norm.weight
+    if how.weights == "bf16":
+        return torch.bfloat16
+    return torch.get_autocast_dtype(own.device.type) if how.weights is None and _autocasts(trunk) else own.dtype
+
+
+def _copies(trunk: PaLM, how: Decoding) -> bool:
+    """Whether decoding makes copies of float32 matrices anyway, which an adapter can be put into."""
+    own = trunk.norm.weight
+    packed = how.packs and own.is_cpu and native(_product_type(trunk, how))
+    return own.dtype is torch.float32 and (how.weights is not None or packed)
 
 
 def bytes_read_of(decode: Decode) -> Callable[[int], int]:
@@ -98,23 +127,28 @@ def bytes_read_of(decode: Decode) -> Callable[[int], int]:
     return lambda rows: total
 
 
-def _trunk(network: Network) -> PaLM | None:
-    """The PaLM that computes what a network does, if its weights are ordinary tensors and nobody listens in."""
+def _trunk(network: Network) -> tuple[PaLM | None, str | None]:
+    """The PaLM that computes what a network does, if its weights are ordinary tensors and nobody listens in.
+
+    With the role of an adapter that is not in its matrices.
+    """
     trunk: nn.Module = network
+    role = None
     if isinstance(network, View):
-        trunk = network.adapted.trunk
-        if network.shared is not network.adapted or network.adapted.merged_role != network.role:
-            return None
+        trunk, merged = network.adapted.trunk, network.adapted.merged_role
+        role = network.role if merged is None else None
+        if network.shared is not network.adapted or merged not in (None, network.role):
+            return None, None
     if type(trunk) is not PaLM or any(_heard(module) for module in trunk.modules()):
-        return None
+        return None, None
     layers = [layer for b in trunk.layers for layer in (b.attn_ffn_in, b.attn_out, b.ffn_out)]
     bases = [base_of(layer) for layer in layers]
     if any(type(layer) is not Linear or layer.bias is not None for layer in bases):
-        return None
+        return None, None
     weights = [*(layer.weight for layer in bases), trunk.embedding.weight, trunk.norm.weight]
     if any(type(w) is not nn.Parameter or w.dtype != weights[0].dtype or w.is_meta for w in weights):
-        return None
-    return trunk
+        return None, None
+    return trunk, role
 
 
 def _heard(module: nn.Module) -> bool:
@@ -125,7 +159,7 @@ def _heard(module: nn.Module) -> bool:
 class _PaLMDecoder:
     """A PaLM's decoding step; see the module's docstring."""
 
-    def __init__(self, network: Network, trunk: PaLM, how: Decoding, weights: Weights | None) -> None:
+    def __init__(self, network: Network, trunk: PaLM, how: Decoding, weights: Weights | None, role: str | None) -> None:
         self.network, self.trunk = network, trunk
         own, block = trunk.norm.weight, cast(Block, trunk.layers[0])
         self.shape = Shape(block.sizes, block.num_heads, block.num_kv_heads, block.head_dim, block.xpos)
@@ -133,9 +167,9 @@ class _PaLMDecoder:
         # between products activations are as wide as weights that were converted came in
         wide = torch.promote_types(own.dtype, torch.float32)
         self.dtype = own.dtype if weights is None and multiplies(own, own.dtype) else wide
-        # what is compiled sees through products of torch's own only
-        pack = not how.compile and (how.num_tokens is None or how.num_tokens >= FEWEST_TOKENS)
-        self.layers = [Layer(block, weights, pack, self.dtype) for block in trunk.layers]
+        pack = how.packs
+        whole = base_weight if role is None else partial(cast(View, network).adapted.whole, role=role)
+        self.layers = [Layer(block, weights, pack, self.dtype, whole) for block in trunk.layers]
         if self.compile:
             compiled_run()
             for matrix in (m for layer in self.layers for m in (layer.entry, *layer.exit)):

@@ -14,12 +14,18 @@ from lit_palm.models.compiled import check_compiler
 from lit_palm.models.layers import QKNorm, rotate
 from lit_palm.models.matrices import Matrix, Weights
 
-__all__ = ["Layer", "Shape", "add_halves", "base_of", "compiled_run", "leave", "run", "split"]
+__all__ = ["Layer", "Shape", "add_halves", "base_of", "base_weight", "compiled_run", "leave", "run", "split"]
 
 
 def base_of(layer: Any) -> Any:
     """A linear layer without the adapters around it."""
     return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+
+
+def base_weight(layer: Any) -> Tensor:
+    """The weight of a linear layer, without the adapters around it."""
+    weight: Tensor = base_of(layer).weight
+    return weight
 
 
 class Shape(NamedTuple):
@@ -33,12 +39,32 @@ class Shape(NamedTuple):
 
 
 class Layer:
-    """One block's weights; activations are of type `dtype`."""
+    """One block's weights; activations are of type `dtype`.
 
-    def __init__(self, block: Any, weights: Weights | None, pack: bool, dtype: torch.dtype) -> None:
+    Args:
+        block: of the network.
+        weights: type to convert to; None: their own.
+        pack: see `Matrix.of`.
+        dtype: of activations.
+        whole: what gives the weight of a linear layer; if it is not the layer's own, copies are made of it at once.
+    """
+
+    def __init__(
+        self,
+        block: Any,
+        weights: Weights | None,
+        pack: bool,
+        dtype: torch.dtype,
+        whole: Callable[[Any], Tensor] = base_weight,
+    ) -> None:
         self.norm, self.eps = block.norm.weight.to(dtype), block.norm.eps
-        (self.entry,) = Matrix.of([base_of(block.attn_ffn_in).weight], weights, pack)
-        self.exit = Matrix.of([base_of(block.attn_out).weight, base_of(block.ffn_out).weight], weights, pack)
+        entry = [whole(block.attn_ffn_in)]
+        (self.entry,) = Matrix.of(entry, weights, pack)
+        leave = [whole(block.attn_out), whole(block.ffn_out)]
+        self.exit = Matrix.of(leave, weights, pack)
+        if whole is not base_weight:
+            for matrix in (self.entry, *self.exit):
+                matrix.release()
         self.q_norm: QKNorm | None = block.q_norm
         self.k_norm: QKNorm | None = block.k_norm
 

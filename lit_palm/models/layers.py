@@ -28,6 +28,10 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)
 
+    def part(self, x: Tensor, outputs: slice) -> Tensor | None:
+        """Some of what `forward` gives; None where it would have to be computed whole."""
+        return linear(x, self.weight[outputs])
+
 
 class QuickLinear(nn.Linear):
     """A linear layer of somebody else's network, multiplied as a `Linear` is where that is quicker.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -22,7 +23,13 @@ from torch import Tensor, nn
 
 from lit_palm.models.base import Network
 
-__all__ = ["LoRA", "is_transposed", "linear_layers", "merge", "targets_of"]
+__all__ = ["PARTS", "LoRA", "is_transposed", "linear_layers", "merge", "split_name", "targets_of"]
+
+PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")
+"""What peft calls the weights of an adapter."""
+
+_NAME = re.compile(rf"(?:.*\.)?trunk\.(?P<layer>.+)\.(?P<part>{'|'.join(PARTS)})\.(?P<role>\w+)\.(?P<own>weight|bias)")
+_HEAD = re.compile(r"(?:.*\.)?heads\.(?P<role>\w+)\.(?P<own>.+)")
 
 Bits = Literal["4bit", "8bit"]
 
@@ -87,6 +94,19 @@ class LoRA:
             raise ValueError(
                 f"model.lora.quantize: {self.quantize} needs bitsandbytes: pip install bitsandbytes, or leave it out"
             )
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """The role that a weight of an `AdaptedNetwork` belongs to, and its name there; None of the trunk's own.
+
+    `trunk.layers.0.attn_out.lora_A.policy.weight` is the policy's `layers.0.attn_out.lora_A.weight`, and
+    `heads.value.head.bias` the value's `head.bias`.
+    """
+    if found := _NAME.fullmatch(name):
+        return found["role"], f"{found['layer']}.{found['part']}.{found['own']}"
+    if found := _HEAD.fullmatch(name):
+        return found["role"], found["own"]
+    return None
 
 
 def is_transposed(layer: nn.Module) -> bool:

@@ -54,6 +54,9 @@ class Matrix:
     def settle(self) -> None:
         """Make all copies now, of kinds that `torch.compile` sees through."""
 
+    def release(self) -> None:
+        """Keep none of the weights that it was made of where copies of them do."""
+
     @staticmethod
     def of(parts: Sequence[Tensor], weights: Weights | None, pack: bool) -> list[Matrix]:
         """Matrices whose products with the parts of x, side by side, are to be added up: one for them all, or for each.
@@ -134,6 +137,10 @@ class PanelMatrix(PackedMatrix):
     def part(self, x: Tensor, first: int, last: int) -> Tensor:
         """Columns [first, last) of the product."""
         return self.panels.product(x, columns=(first, last))
+
+    def release(self) -> None:
+        assert self.panels is not None
+        self.parts = [part.to("meta") for part in self.parts]  # shapes are all that is asked for
 
     @cached_property
     def panels(self) -> Panels:

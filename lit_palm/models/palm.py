@@ -175,22 +175,27 @@ class Block(nn.Module):
     def compute(self, x_BTD: Tensor, rope: tuple[Tensor, ...], bias: Seen, cache: PaLMCache | None) -> Tensor:
         """What `forward` gives."""
         if isinstance(bias, Sequences) and bias.read is not None:
-            if type(getattr(self, "attn_ffn_in", None)) is not Linear:  # adapted or spread: it is not to be cut
-                return self.compute(x_BTD, rope, bias.whole(), cache)[:, : bias.read]
-            return self.compute_read(x_BTD, rope, bias, bias.read)
+            result = self.compute_read(x_BTD, rope, bias, bias.read)
+            return self.compute(x_BTD, rope, bias.whole(), cache)[:, : bias.read] if result is None else result
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
         qk, v, hidden = self.project(self.norm(x_BTD))
         q, k = self.queries_and_keys(qk.view(heads), rope)
         return self.add(x_BTD, self.attend(q, k, v.view(heads), bias, cache), hidden)
 
-    def compute_read(self, x_BTD: Tensor, rope: tuple[Tensor, ...], sequences: Sequences, read: int) -> Tensor:
-        """The last block's results for the tokens that are read, of which the others are but keys and values."""
+    def compute_read(self, x_BTD: Tensor, rope: tuple[Tensor, ...], sequences: Sequences, read: int) -> Tensor | None:
+        """The last block's results for the tokens that are read, of which the others are but keys and values.
+
+        None where the layer that makes them is not to be cut: it is spread, or has an adapter of some kind.
+        """
         x, rest = x_BTD.split((read, x_BTD.shape[1] - read), 1)
-        qk, v, hidden = self.project(self.norm(x))
-        q, k = self.queries_and_keys(qk.view(1, read, -1, self.head_dim), tuple(t[:, :read] for t in rope))
         first = self.num_heads * self.head_dim
         width = self.num_kv_heads * self.head_dim
-        kv = linear(self.norm(rest), self.attn_ffn_in.weight[first : first + 2 * width])
+        part = getattr(getattr(self, "attn_ffn_in", None), "part", None)
+        kv = None if part is None else part(self.norm(rest), slice(first, first + 2 * width))
+        if kv is None:
+            return None
+        qk, v, hidden = self.project(self.norm(x))
+        q, k = self.queries_and_keys(qk.view(1, read, -1, self.head_dim), tuple(t[:, :read] for t in rope))
         more = kv.view(1, rest.shape[1], 2, self.num_kv_heads, self.head_dim).unbind(2)
         normed = more[0] if self.k_norm is None else self.k_norm(more[0])
         k = torch.cat((k, *rotate(normed, [t[:, read:] for t in rope[-2:]])), 1)

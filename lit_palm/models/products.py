@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from lit_palm.native import capabilities, compiled, processor
 
-__all__ = ["Panels", "large_linear", "native", "product", "quick", "weight_gradient"]
+__all__ = ["Panels", "large_linear", "multiply", "native", "product", "quick", "weight_gradient"]
 
 SOURCE = "products.cpp"
 FUNCTIONS = {torch.float32: "product_float32", torch.bfloat16: "product_bfloat16"}
@@ -84,7 +84,7 @@ def quick(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     return weight.dtype in (dtype, torch.float32) and _large(dtype, rows, x, weight)
 
 
-def _multiply(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def multiply(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a [M, K] @ b [K, N] in `dtype`."""
     a_turned, b_turned = (t.stride(1) != 1 and t.stride(0) == 1 for t in (a, b))
     a_turned &= dtype is torch.float32  # parts of its sum are added up where they are to go
@@ -108,14 +108,14 @@ def _multiply(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x [N, I] times weight [O, I] transposed, [N, O]; for code that has gradients of its own."""
     if weight.dtype is x.dtype and quick(x, weight, x.dtype):
-        return _multiply(x, weight.t(), x.dtype)
+        return multiply(x, weight.t(), x.dtype)
     return F.linear(x, weight)
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """grad [N, O] transposed times x [N, I]: [O, I], of their type or in float32."""
     if grad.dtype is x.dtype and _large(x.dtype, len(x), x, grad):
-        return _multiply(grad.contiguous().t(), x, torch.float32)
+        return multiply(grad.contiguous().t(), x, torch.float32)
     return grad.t() @ x
 
 
@@ -181,14 +181,14 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _multiply(x, weight.t(), x.dtype)
+        return multiply(x, weight.t(), x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()  # it may be one number for all
-        grad_x = _multiply(grad, weight, x.dtype) if ctx.needs_input_grad[0] else None
+        grad_x = multiply(grad, weight, x.dtype) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return grad_x, None
-        return grad_x, _multiply(grad.t(), x, torch.float32).to(weight.dtype)
+        return grad_x, multiply(grad.t(), x, torch.float32).to(weight.dtype)

@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_palm.models.adapted import split_name
 from lit_palm.models.base import NetworkConfig
-from lit_palm.models.lora import LoRA, is_transposed, last_names, merge
+from lit_palm.models.lora import LoRA, is_transposed, last_names, merge, split_name
 from lit_palm.models.weights import CHUNK, Source, named_weights
 from lit_palm.modules.checkpoint import BASE_VARIABLE, Checkpoint
 from lit_palm.modules.layouts import open_weights

@@ -23,10 +23,10 @@ from torch.distributed.tensor import DTensor
 from lit_palm.foreign.as_cohere import cohere_architecture, cohere_weights
 from lit_palm.foreign.as_huggingface import huggingface_model
 from lit_palm.foreign.network import Recipe, Weights
-from lit_palm.models.adapted import View, split_name
+from lit_palm.models.adapted import View
 from lit_palm.models.base import NetworkConfig
 from lit_palm.models.huggingface_config import HuggingFaceConfig
-from lit_palm.models.lora import is_transposed, merge
+from lit_palm.models.lora import is_transposed, merge, split_name
 from lit_palm.models.palm import PaLMConfig
 from lit_palm.models.weights import named_weights
 from lit_palm.modules.shards import write_shards

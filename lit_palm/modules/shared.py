@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_palm.models.adapted import AdaptedNetwork, split_name
+from lit_palm.models.adapted import AdaptedNetwork
 from lit_palm.models.base import Network
-from lit_palm.models.lora import Bits, LoRA, is_transposed
+from lit_palm.models.lora import Bits, LoRA, is_transposed, split_name
 from lit_palm.models.quantized import quantize
 from lit_palm.models.weights import Source, fill, give_memory, named_weights, normal_rows
 from lit_palm.modules.adapters import HEAD, whole_weight

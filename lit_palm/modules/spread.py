@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lit_palm.models.adapted import AdaptedNetwork, split_name
+from lit_palm.models.adapted import AdaptedNetwork
 from lit_palm.models.compiled import compile_blocks
+from lit_palm.models.lora import split_name
 from lit_palm.modules.sharding import Layout, Sharding, check_strategy
 from lit_palm.modules.weights import Blueprint
 from lit_palm.parallel.sharded import clean_name, roots

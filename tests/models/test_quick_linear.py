@@ -56,9 +56,9 @@ def test_many_rows_are_multiplied_by_our_products(monkeypatch: pytest.MonkeyPatc
     """With gradients from 8 rows on, without from as many as make up for packing the weight."""
     if not native(torch.float32):
         pytest.skip("matrix products are torch's here")
-    quick, calls, multiply = network(True), [], products._multiply
+    quick, calls, multiply = network(True), [], products.multiply
     QuickLinear.take_over(quick)
-    monkeypatch.setattr(products, "_multiply", lambda *given: (calls.append(1), multiply(*given))[1])
+    monkeypatch.setattr(products, "multiply", lambda *given: (calls.append(1), multiply(*given))[1])
     quick(torch.randn(products.FEWEST_ROWS - 1, 64))
     with torch.no_grad():
         quick(torch.randn(WITHOUT_GRADIENTS - 1, 64))
