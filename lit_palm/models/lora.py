@@ -61,7 +61,8 @@ class LoRA:
 
     merge_to_sample: bool = False
     """Put the update into the matrices while completions are sampled: quicker, for a copy of the adapted matrices in
-    memory meanwhile. Only where they are float32, not quantised, and not spread over processes."""
+    memory meanwhile. Only where they are float32, not quantised, and not spread over processes. Where a PaLM decodes
+    from packed copies, these hold it anyway."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:

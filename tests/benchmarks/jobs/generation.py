@@ -14,7 +14,7 @@ def batches(mode: Mode, precision: str) -> list[Job]:
     label = "bfloat16" if bf16 else "float32"
     jobs = []
     for rows in (1, 16, 64):
-        prompt, new = pick(mode, (64, 192), (8, 24) if bf16 and rows > 1 else (16, 48), (4, 6))
+        prompt, new = pick(mode, (64, 192), (64, 192) if bf16 else (16, 48), (4, 6))
         shape = {"size": network(mode), "rows": rows, "prompt": prompt, "new": new, "precision": precision}
         sides = [Side("ours", "ours.generation:generate", shape)]
         for name, cache in zip(TRANSFORMERS, ("dynamic", "static"), strict=True):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_palm.models import PaLM
+from lit_palm.models.decoding import Decoding, decoding_form
 from lit_palm.models.hardware import measure_peak_bandwidth
 from lit_palm.models.kernels import last_logits
 from lit_palm.rollout.continuous_engine import ContinuousEngine
@@ -123,16 +124,16 @@ def mixed(size: dict[str, int], prompts: int, prompt: int, mean: int, longest: i
 def decode_at(size: dict[str, int], position: int, steps: int) -> Work:
     """Decoding steps of one row near a position of the cache."""
     network = build(Size(**size))
-    cache = network.new_cache(1, position + steps)
+    decode, cache = decoding_form(network, Decoding()), network.new_cache(1, position + steps)
     token = torch.ones(1, 1, dtype=torch.long)
     with torch.no_grad():
-        network(token_ids(0, 1, position), cache=cache, head=last_logits)
+        decode(token_ids(0, 1, position), cache=cache, head=last_logits)
 
     @torch.no_grad()
     def run() -> dict[str, Any]:
         cache.length = position  # the same slots again and again
         for _ in range(steps):
-            network(token, cache=cache, head=last_logits)
+            decode(token, cache=cache, head=last_logits)
         return {"tokens": steps}
 
     return run

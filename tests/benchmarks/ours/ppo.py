@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_palm import PPO, LitPolicy, LitRewardModel, PreferenceData, PromptData, RewardModel, RolloutConfig, Sampling
+from lit_palm.models.lora import LoRA
 from tests.benchmarks.inputs import Size, text
 from tests.benchmarks.ours.alignment import adamw
 from tests.benchmarks.ours.running import config, trainer, written
@@ -45,7 +46,14 @@ def reward_model(size: Size) -> str:
 
 
 def ppo(
-    size: dict[str, int], prompts: int, prompt: int, new: int, passes: int, minibatch: int, precision: str = "32-true"
+    size: dict[str, int],
+    prompts: int,
+    prompt: int,
+    new: int,
+    passes: int,
+    minibatch: int,
+    rank: int = 0,
+    precision: str = "32-true",
 ) -> Work:
     """An iteration with a learned reward of the policy's size, a reference, and a value network.
 
@@ -56,8 +64,10 @@ def ppo(
         new: ids of a completion.
         passes: over the collection.
         minibatch: rows of an optimiser step.
+        rank: of LoRA on the layers that hold attention's projections; 0: all weights are trained.
         precision: of the Trainer.
     """
+    lora = LoRA(rank=rank, alpha=rank, targets=["attn_ffn_in", "attn_out"]) if rank else None
     hooks: list[PauseCollections] = []
 
     def loop(pause: Callable[[], None]) -> None:
@@ -71,6 +81,7 @@ def ppo(
             rollout=RolloutConfig(prompts, passes=passes, minibatch_size=minibatch),
             sampling=Sampling(max_new_tokens=new, min_new_tokens=new),
             optimizer=adamw,
+            lora=lora,
         )
         source = written([{"prompt": text(i, prompt - 1)} for i in range(4 * prompts)])
         fit = trainer(precision, hooks, gradient_clip_val=1.0)

@@ -18,9 +18,9 @@ from tests.benchmarks.worker import Work
 
 
 def ppo(
-    size: dict[str, int], prompts: int, prompt: int, new: int, passes: int, minibatch: int, sampled: int
+    size: dict[str, int], prompts: int, prompt: int, new: int, passes: int, minibatch: int, rank: int, sampled: int
 ) -> Work:  # fmt: skip
-    """An iteration of `RLHFTrainer`: all weights trained, a critic and a reward model of the policy's size.
+    """An iteration of `RLHFTrainer`, with a critic and a reward model of the policy's size.
 
     Args:
         size: of the networks.
@@ -29,6 +29,7 @@ def ppo(
         new: ids of a completion.
         passes: over the iteration's rows.
         minibatch: rows of an optimiser step.
+        rank: of its LoRA on queries, keys, values and attention's output; 0: all weights are trained.
         sampled: prompts that are really completed; the time of the others is scaled.
     """
     from palm_rlhf_pytorch import RewardModel, RLHFTrainer
@@ -37,7 +38,8 @@ def ppo(
     torch.manual_seed(0)
     trainer = RLHFTrainer(
         palm=palm(shape), reward_model=RewardModel(palm(shape), num_binned_output=6, use_lora=False),
-        prompt_token_ids=token_ids(0, prompts, prompt), actor_lora=False, critic_lora=False,
+        prompt_token_ids=token_ids(0, prompts, prompt), actor_lora=rank > 0, critic_lora=rank > 0,
+        actor_lora_r=rank, critic_lora_r=rank,
         minibatch_size=minibatch, epochs=passes, accelerate_kwargs={"cpu": True},
     )  # fmt: skip
     update, step, began, times = trainer.learn, trainer.actor_optim.step, 0.0, {}
