@@ -71,7 +71,7 @@ class AdaptedLinear(lora.Linear):
         return (
             isinstance(base, nn.Linear)
             and (dtype is torch.float32 or (type(base) is Linear and len(a) % 2 == 0))
-            and all(type(t) is nn.Parameter and t.dtype in (torch.float32, dtype) for t in (a, b))
+            and all(type(t) in (Tensor, nn.Parameter) and t.dtype in (torch.float32, dtype) for t in (a, b))
             and quick(x, base.weight, dtype)
         )
 
@@ -107,7 +107,7 @@ class _Adapted(torch.autograd.Function):
         grad, dtype, scale = grad.contiguous(), x.dtype, ctx.scale
         wanted, (outputs, inputs) = ctx.needs_input_grad[0], w.shape
         through = read is None and wanted  # what A x passes on goes to x
-        grad_x = grad_read = None
+        grad_x = grad_read = grad_a = grad_b = None
         if wanted and outputs >= inputs:
             grad_x, grad_inner = multiply(grad, _beside(w, b, scale), dtype).split((inputs, len(a)), 1)
             grad_x = grad_x.addmm(grad_inner, a.to(dtype)) if through else grad_x
@@ -119,9 +119,11 @@ class _Adapted(torch.autograd.Function):
                 grad_x = multiply(grad, w, dtype)
         if ctx.needs_input_grad[1]:
             grad_read = grad_inner @ a.to(dtype)
-        grad_a = multiply(grad_inner.t(), x if read is None else read, torch.float32)
-        grad_b = multiply(inner.t(), grad, torch.float32).t() * scale
-        return grad_x, grad_read, None, grad_a.to(a.dtype), grad_b.to(b.dtype), None
+        if ctx.needs_input_grad[3]:
+            grad_a = multiply(grad_inner.t(), x if read is None else read, torch.float32).to(a.dtype)
+        if ctx.needs_input_grad[4]:
+            grad_b = (multiply(inner.t(), grad, torch.float32).t() * scale).to(b.dtype)
+        return grad_x, grad_read, None, grad_a, grad_b, None
 
 
 def _beside(w: Tensor, b: Tensor, scale: float) -> Tensor:
