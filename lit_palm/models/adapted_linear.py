@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lit_palm.models.half import product_type
-from lit_palm.models.layers import Linear
+from lit_palm.models.layers import WITHOUT_GRADIENTS as MANY
+from lit_palm.models.layers import Linear, QuickLinear
 from lit_palm.models.products import multiply, quick
 
 __all__ = ["AdaptedLinear"]
@@ -48,15 +49,22 @@ class AdaptedLinear(lora.Linear):
 
     def part(self, x: Tensor, outputs: slice) -> Tensor | None:
         """Some of what `forward` gives; None where it would have to be computed whole."""
-        role = self.role
+        role, base = self.role, self.base_layer
+        if not self.active and isinstance(base, Linear):
+            return base.part(x, outputs)
         return self.product(x, role, outputs) if role is not None and self.takes(x, role) else None
 
     @property
     def role(self) -> str | None:
         """The one adapter that is active, if it is a plain one that is not in the matrix."""
-        active = [] if self.disable_adapters or self.merged else [a for a in self.active_adapters if a in self.lora_A]
+        active = self.active
         plain = len(active) == 1 and active[0] not in self.lora_variant and not self.lora_bias[active[0]]
-        return active[0] if plain else None
+        return active[0] if plain and not self.merged else None
+
+    @property
+    def active(self) -> list[str]:
+        """The adapters that are added to what the matrix gives."""
+        return [] if self.disable_adapters else [role for role in self.active_adapters if role in self.lora_A]
 
     def pair(self, role: str) -> tuple[Tensor, Tensor]:
         """A [r, I] and B [O, r] of an adapter."""
@@ -67,11 +75,16 @@ class AdaptedLinear(lora.Linear):
     def takes(self, x: Tensor, role: str) -> bool:
         """Whether its product with x [..., I] is made here."""
         base, dtype = self.base_layer, product_type(x)
+        rows, autocast = x.shape[:-1].numel(), torch.is_autocast_enabled(x.device.type)
         a, b = self.pair(role)
         return (
-            isinstance(base, nn.Linear)
-            and (dtype is torch.float32 or (type(base) is Linear and len(a) % 2 == 0))
-            and all(type(t) in (Tensor, nn.Parameter) and t.dtype in (torch.float32, dtype) for t in (a, b))
+            type(base) in (nn.Linear, QuickLinear, Linear)
+            and isinstance(base, nn.Linear)
+            and not (base._forward_hooks or base._forward_pre_hooks)
+            and (type(base) is Linear or (dtype is torch.float32 and (torch.is_grad_enabled() or rows >= MANY)))
+            and (dtype is torch.float32 or len(a) % 2 == 0)
+            # without autocast peft adds an update of float32 numbers in float32
+            and all(type(t) in (Tensor, nn.Parameter) and (autocast or t.dtype is dtype) for t in (a, b))
             and quick(x, base.weight, dtype)
         )
 
@@ -103,27 +116,32 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, read, w, a, b, inner = ctx.saved_tensors
-        grad, dtype, scale = grad.contiguous(), x.dtype, ctx.scale
-        wanted, (outputs, inputs) = ctx.needs_input_grad[0], w.shape
-        through = read is None and wanted  # what A x passes on goes to x
-        grad_x = grad_read = grad_a = grad_b = None
-        if wanted and outputs >= inputs:
-            grad_x, grad_inner = multiply(grad, _beside(w, b, scale), dtype).split((inputs, len(a)), 1)
-            grad_x = grad_x.addmm(grad_inner, a.to(dtype)) if through else grad_x
-        else:
-            grad_inner = grad @ (b * scale).to(dtype)
-            if through:
-                grad_x = multiply(torch.cat((grad, grad_inner), 1), torch.cat((w, a.to(w.dtype))), dtype)
-            elif wanted:
-                grad_x = multiply(grad, w, dtype)
-        if ctx.needs_input_grad[1]:
-            grad_read = grad_inner @ a.to(dtype)
-        if ctx.needs_input_grad[3]:
-            grad_a = multiply(grad_inner.t(), x if read is None else read, torch.float32).to(a.dtype)
-        if ctx.needs_input_grad[4]:
-            grad_b = (multiply(inner.t(), grad, torch.float32).t() * scale).to(b.dtype)
-        return grad_x, grad_read, None, grad_a, grad_b, None
+        with torch.autocast(grad.device.type, enabled=False):  # products are of the type that they were forward
+            return _gradients(ctx, grad.contiguous())
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, read, w, a, b, inner = ctx.saved_tensors
+    dtype, scale = x.dtype, ctx.scale
+    wanted, (outputs, inputs) = ctx.needs_input_grad[0], w.shape
+    through = read is None and wanted  # what A x passes on goes to x
+    grad_x = grad_read = grad_a = grad_b = None
+    if wanted and outputs >= inputs:
+        grad_x, grad_inner = multiply(grad, _beside(w, b, scale), dtype).split((inputs, len(a)), 1)
+        grad_x = grad_x.addmm(grad_inner, a.to(dtype)) if through else grad_x
+    else:
+        grad_inner = grad @ (b * scale).to(dtype)
+        if through:
+            grad_x = multiply(torch.cat((grad, grad_inner), 1), torch.cat((w, a.to(w.dtype))), dtype)
+        elif wanted:
+            grad_x = multiply(grad, w, dtype)
+    if ctx.needs_input_grad[1]:
+        grad_read = grad_inner @ a.to(dtype)
+    if ctx.needs_input_grad[3]:
+        grad_a = multiply(grad_inner.t(), x if read is None else read, torch.float32).to(a.dtype)
+    if ctx.needs_input_grad[4]:
+        grad_b = (multiply(inner.t(), grad, torch.float32).t() * scale).to(b.dtype)
+    return grad_x, grad_read, None, grad_a, grad_b, None
 
 
 def _beside(w: Tensor, b: Tensor, scale: float) -> Tensor:

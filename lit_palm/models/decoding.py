@@ -78,14 +78,14 @@ def decoding_form(network: Network, how: Decoding) -> Decode:
             installed.
     """
     trunk, role = _trunk(network)
-    if trunk is not None and role is not None and not _copies(trunk, how):
-        trunk = None
-    if trunk is None:
+    unmerged = trunk is not None and role is not None and not _copies(trunk, how)
+    if trunk is None or unmerged:
+        cure = " (lora.merge_to_sample)" if trunk is not None and trunk.norm.weight.dtype is torch.float32 else ""
         for name, value in (("weights", how.weights), ("compile", how.compile)):
             if value:
                 raise ValueError(
                     f"engine.{name} is {value}, which is for a PaLM that is whole on every process, its adapters "
-                    f"merged (lora.merge_to_sample); this is a {type(network).__name__} that is not: leave {name} out"
+                    f"merged{cure}; this is a {type(network).__name__} that is not: leave {name} out"
                 )
         return network
     weights = how.weights

@@ -116,6 +116,10 @@ class PackedMatrix(Matrix):
     def num_bytes(self, rows: int) -> int:
         return sum(part.numel() for part in self.parts) * self.dtype.itemsize
 
+    def release(self) -> None:
+        assert self.packed is not None
+        self.parts = [part.to("meta") for part in self.parts]  # shapes are all that is asked for
+
     @cached_property
     def packed(self) -> Tensor:
         """The copy."""
@@ -138,9 +142,9 @@ class PanelMatrix(PackedMatrix):
         """Columns [first, last) of the product."""
         return self.panels.product(x, columns=(first, last))
 
-    def release(self) -> None:
-        assert self.panels is not None
-        self.parts = [part.to("meta") for part in self.parts]  # shapes are all that is asked for
+    @property
+    def packed(self) -> Any:  # type: ignore[override]
+        return self.panels
 
     @cached_property
     def panels(self) -> Panels:
@@ -157,6 +161,9 @@ class FloatMatrix(PackedMatrix):
     """
 
     single: Tensor | None = None
+
+    def release(self) -> None:
+        """The second copy is made of them when a single row comes."""
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._single(x).sum(0) if len(x) == 1 else super().__call__(x)

@@ -185,7 +185,7 @@ class Block(nn.Module):
     def compute_read(self, x_BTD: Tensor, rope: tuple[Tensor, ...], sequences: Sequences, read: int) -> Tensor | None:
         """The last block's results for the tokens that are read, of which the others are but keys and values.
 
-        None where the layer that makes them is not to be cut: it is spread, or has an adapter of some kind.
+        None where the layer that makes them is not to be cut: it is spread, or has an adapter whose product is peft's.
         """
         x, rest = x_BTD.split((read, x_BTD.shape[1] - read), 1)
         first = self.num_heads * self.head_dim

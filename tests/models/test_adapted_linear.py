@@ -31,13 +31,22 @@ from lit_palm.models.weights import give_memory  # noqa: E402
 SHAPES = [(64, 200), (200, 64), (96, 96), (700, 34)]
 
 
-def layer(inputs: int, outputs: int, kind: str = "own", rank: int = 4, dropout: float = 0.0) -> nn.Module:
+def layer(
+    inputs: int,
+    outputs: int,
+    kind: str = "own",
+    rank: int = 4,
+    dropout: float = 0.0,
+    other: dict[str, Any] | None = None,
+) -> nn.Module:
     """peft's layer, with a B that is not zero."""
     torch.manual_seed(0)
     base: nn.Module = Linear(inputs, outputs) if kind == "own" else QuickLinear(inputs, outputs)
     holder = nn.ModuleDict({"it": base.requires_grad_(False)})
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["it"], lora_dropout=dropout)
     peft.inject_adapter_in_model(config, holder, "policy")
+    if other is not None:
+        peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["it"], **other), holder, "other")
     found = holder["it"]
     nn.init.normal_(found.lora_B["policy"].weight, std=0.3)  # type: ignore[index, union-attr, operator]
     return found
@@ -90,6 +99,23 @@ def test_under_autocast(inputs: int, outputs: int) -> None:
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+def test_a_backward_pass_in_autocast(inputs: int, outputs: int) -> None:
+    """Of what was computed in float32 outside of it."""
+    module, x = taken_over(layer(inputs, outputs)), torch.randn(40, inputs)
+    expected = results(module, x)
+    module.zero_grad()
+    x.requires_grad_()
+    y = module(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape).roll(7, 0))
+    for found, right in zip(
+        (x.grad, *(p.grad for p in module.parameters() if p.requires_grad)), expected[1:], strict=True
+    ):
+        assert found is not None
+        torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
 def test_dropout_is_of_what_the_update_reads(inputs: int, outputs: int) -> None:
     theirs = layer(inputs, outputs, dropout=0.5)
     ours, x = taken_over(theirs), torch.randn(40, inputs)
@@ -114,20 +140,26 @@ def test_some_of_the_outputs(kind: str) -> None:
     assert module.part(x[:1], outputs) is None  # too few rows for a product of our own
 
 
-@pytest.mark.parametrize("change", ["few rows", "off", "two", "dora", "merged"])
+@pytest.mark.parametrize("change", ["few rows", "off", "two", "dora", "merged", "base", "hook"])
 def test_what_is_not_plain_is_left_to_peft(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs = layer(64, 80)
+    other = {"two": {}, "dora": {"use_dora": True}}.get(change)
+    theirs = layer(64, 80, other=other)
     x = torch.randn(2 if change == "few rows" else 40, 64)
-    if change in ("two", "dora"):
-        options = {"use_dora": True} if change == "dora" else {}
-        theirs.update_layer(  # type: ignore[operator]
-            "other", 4, lora_alpha=8, config=peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, **options)
-        )
+    if other is not None:
         theirs.set_adapter(["policy", "other"] if change == "two" else "other")  # type: ignore[operator]
     elif change == "off":
         theirs.enable_adapters(False)  # type: ignore[operator]
     elif change == "merged":
         theirs.merge()  # type: ignore[operator]
+    elif change == "base":
+
+        class Doubled(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                return 2 * super().forward(x)
+
+        theirs.base_layer.__class__ = Doubled
+    elif change == "hook":
+        theirs.base_layer.register_forward_hook(lambda module, given, result: 2 * result)  # type: ignore[union-attr]
     ours: Any = taken_over(theirs)
     monkeypatch.setattr(AdaptedLinear, "product", None)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-6, atol=1e-6)
@@ -186,8 +218,10 @@ def test_decoding_without_copies_is_the_network_s_own() -> None:
     assert decoding_form(view, Decoding(num_tokens=4)) is view
     half = adapted(torch.bfloat16).view("policy")
     assert decoding_form(half, Decoding()) is half
-    with pytest.raises(ValueError, match=r"engine.weights is bf16.*merge_to_sample"):
+    with pytest.raises(ValueError, match=r"engine.weights is bf16.* merged; this"):
         decoding_form(half, Decoding("bf16"))
+    with pytest.raises(ValueError, match=r"engine.compile is True.*merge_to_sample"):
+        decoding_form(view, Decoding(compile=True))
 
 
 def test_the_last_block_is_cut_with_an_adapter_too(monkeypatch: pytest.MonkeyPatch) -> None:
