@@ -42,7 +42,8 @@ def gaps(panel: dict[str, Any]) -> str:
     both = sorted(set(ours) & set(other))
     if not both:
         return ""
-    first, last = (f"{other[x] / ours[x]:.2g}\N{MULTIPLICATION SIGN}" for x in (both[0], both[-1]))
+    ratios = (other[x] / ours[x] for x in (both[0], both[-1]))
+    first, last = (f"{ratio:{'.2g' if ratio < 10 else '.0f'}}\N{MULTIPLICATION SIGN}" for ratio in ratios)
     return f"; {panel['lines'][1]['label']} takes {first if len(both) == 1 else f'{first} to {last}'} ours"
 
 
