@@ -87,8 +87,8 @@ def quick(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
 def multiply(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a [M, K] @ b [K, N] in `dtype`."""
     a_turned, b_turned = (t.stride(1) != 1 and t.stride(0) == 1 for t in (a, b))
-    assert a.dtype is b.dtype or not a_turned, "what is summed over rows of memory is of one type"
     a_turned &= dtype is torch.float32  # parts of its sum are added up where they are to go
+    assert a.dtype is b.dtype or not a_turned, "what is summed over rows of memory is of one type"
     # units are read from rows without gaps, and begin with every second number
     pairs = a.dtype is torch.float32 or (a.stride(0) % 2 == 0 and a.data_ptr() % 4 == 0)
     if not a_turned and not (a.stride(1) == 1 and pairs):

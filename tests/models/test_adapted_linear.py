@@ -10,23 +10,22 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import peft
 import pytest
 import torch
+from peft.tuners import lora
 from torch import Tensor, nn
 
-peft = pytest.importorskip("peft")
-from peft.tuners import lora  # noqa: E402
-
-from lit_palm.models.adapted import AdaptedNetwork  # noqa: E402
-from lit_palm.models.adapted_linear import AdaptedLinear  # noqa: E402
-from lit_palm.models.decoding import Decoding, decoding_form  # noqa: E402
-from lit_palm.models.kernels import last_logits  # noqa: E402
-from lit_palm.models.layers import Linear, QuickLinear  # noqa: E402
-from lit_palm.models.lora import LoRA  # noqa: E402
-from lit_palm.models.palm import PaLMConfig  # noqa: E402
-from lit_palm.models.products import native  # noqa: E402
-from lit_palm.models.side_by_side import side_by_side  # noqa: E402
-from lit_palm.models.weights import give_memory  # noqa: E402
+from lit_palm.models.adapted import AdaptedNetwork
+from lit_palm.models.adapted_linear import AdaptedLinear
+from lit_palm.models.decoding import Decoding, decoding_form
+from lit_palm.models.kernels import last_logits
+from lit_palm.models.layers import Linear, QuickLinear
+from lit_palm.models.lora import LoRA
+from lit_palm.models.palm import PaLMConfig
+from lit_palm.models.products import native
+from lit_palm.models.side_by_side import side_by_side
+from lit_palm.models.weights import give_memory
 
 SHAPES = [(64, 200), (200, 64), (96, 96), (700, 34)]
 
